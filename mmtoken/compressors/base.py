@@ -18,9 +18,9 @@ Budget = Literal["exact", "at_most", "adaptive"]
 SITES = ("prepare", "frames", "vision_layer", "project", "llm_input", "llm_layer")
 """Methods of a compressor that the engine calls, in the order in which a model reaches them."""
 
-Need = Literal["tower_attention", "tower_keys", "text_attention", "next_attention"]
+Need = Literal["tower_attention", "tower_keys", "text_attention", "next_attention", "content_seed"]
 """What a method reads besides the tokens: attention that patches receive in the tower, tower keys, the attention of
-the last prompt token in a decoder layer, and the same in the layer about to run."""
+the last prompt token in a decoder layer, the same in the layer about to run, and a seed made from the pixels."""
 
 
 class Context(ABC):
@@ -31,6 +31,13 @@ class Context(ABC):
 
     tokenwise_projector: bool
     """Whether the projector maps every patch by itself, so that fewer patches may be projected."""
+
+    original_counts: list[int]
+    """Eligible tokens per item before any cut of this call."""
+
+    @abstractmethod
+    def content_seed(self, tokens: VisualTokens) -> list[int]:
+        """An integer per item from the exact bits of its pixels: equal for the same image in any batch or beam."""
 
     @abstractmethod
     def tower_attention(self, tokens: VisualTokens) -> Tensor:
@@ -66,6 +73,16 @@ class Compressor(ABC):
     Attributes:
         keep: budget per item: a fraction in (0, 1] as a float, a count as an int (per temporal step for videos).
         positions: "keep" leaves the surviving tokens their position ids; "renumber" compacts them.
+        title, paper, licence: for people.
+        needs: what the method reads besides the tokens.
+        merges: whether surviving tokens' features change.
+        size_bias: whether towers that take a mask add log(size) to their attention scores (ToMe, equation 1).
+        query_agnostic, causal: whether it ignores the question, and needs no later frame.
+        trainable: whether it has learned parts.
+        control: whether it is a baseline that any method must beat.
+        budget: how closely `keep` is met.
+        identity_at_full: True if keep=1.0 is the plain model to the bit, else the reason why not.
+        sites: names of the site methods that the class overrides.
     """
 
     keep: int | float
@@ -76,6 +93,7 @@ class Compressor(ABC):
     licence: ClassVar[str] = "written from the formulas; Apache-2.0"
     needs: ClassVar[frozenset[Need]] = frozenset()
     merges: ClassVar[bool] = False
+    size_bias: ClassVar[bool] = False
     query_agnostic: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     trainable: ClassVar[bool] = False
