@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import Grid
 
 Modality = Literal["image", "video"]
@@ -128,6 +129,15 @@ class Backbone(ABC):
     @abstractmethod
     def item_pixels(self, modality: Modality, call: Mapping[str, Any]) -> list[Tensor]:
         """The pixel values of each item, without padding that depends on the batch."""
+
+
+    def clips(self, call: Mapping[str, Any]) -> list[Tensor]:
+        """The videos of a `get_video_features` call, each float[frames, ...] (Qwen: temporal steps)."""
+        raise UnsupportedError(f"{self.name} encodes no videos, so no frames can be left out.")
+
+    def with_frames(self, call: Mapping[str, Any], picks: list[Tensor]) -> dict[str, Any]:
+        """The same call with frames `picks` int[K] of each video only."""
+        raise UnsupportedError(f"{self.name} encodes no videos, so no frames can be left out.")
 
 
 def hidden_state_block(layer: int | list[int], blocks: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmtoken.backbones.base import Backbone, Layout, Modality, Tower, hidden_state_block
+from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import Grid
 
 
@@ -96,6 +97,15 @@ class LlavaOneVision(Backbone):
         if pixels.ndim == 4:
             return list(torch.split(pixels, self._tiles(call)))
         return [image[:n] for image, n in zip(pixels, self._tiles(call), strict=True)]
+
+    def clips(self, call: Mapping[str, Any]) -> list[Tensor]:
+        return list(self._video_pixels(call))
+
+    def with_frames(self, call: Mapping[str, Any], picks: list[Tensor]) -> dict[str, Any]:
+        if len({len(pick) for pick in picks}) > 1:
+            raise UnsupportedError("LLaVA-OneVision stacks videos: leave the same number of frames in each of a batch.")
+        name = "pixel_values" if call.get("pixel_values_videos") is None else "pixel_values_videos"
+        return {**call, name: torch.stack([clip[pick] for clip, pick in zip(call[name], picks, strict=True)])}
 
 
 def _best_resolution(size: list[int], pinpoints: list[list[int]], tile: int) -> tuple[int, int]:

@@ -59,6 +59,19 @@ class QwenVL(Backbone):
         pixels = call["pixel_values" if modality == "image" else "pixel_values_videos"]
         return list(torch.split(pixels, [t * h * w for t, h, w in self._grids(modality, call)]))
 
+    def clips(self, call: Mapping[str, Any]) -> list[Tensor]:
+        grids = self._grids("video", call)
+        return [
+            clip.view(grid[0], -1, clip.shape[-1])
+            for clip, grid in zip(self.item_pixels("video", call), grids, strict=True)
+        ]
+
+    def with_frames(self, call: Mapping[str, Any], picks: list[Tensor]) -> dict[str, Any]:
+        kept = [clip[pick].flatten(0, 1) for clip, pick in zip(self.clips(call), picks, strict=True)]
+        grids = torch.as_tensor(call["video_grid_thw"]).clone()
+        grids[:, 0] = torch.tensor([len(pick) for pick in picks])
+        return {**call, "pixel_values_videos": torch.cat(kept), "video_grid_thw": grids}
+
 
 def _has_deepstack(model: Any) -> bool:
     return bool(model.config.model_type == "qwen3_vl")

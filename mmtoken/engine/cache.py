@@ -89,7 +89,12 @@ class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
             return
         left = self.stored() - remove
         if self.slots is not None and left < self.slots.shape[1]:
-            raise UnsupportedError(f"crop removes {remove} tokens and reaches into a compressed prompt; start it anew.")
+            # Assisted decoding feeds candidates together with the prompt and takes rejected ones back.
+            tail = self.slots[:, left:]
+            start = self.get_seq_length() - remove
+            if not bool((tail == torch.arange(start, start + tail.shape[1], device=tail.device)).all()):
+                raise UnsupportedError(f"crop removes {remove} tokens and reaches into compressed ones; start anew.")
+            self.slots = self.slots[:, :left]
         self.keys, self.values = self.keys[..., :left, :], self.values[..., :left, :]
 
     def reset(self) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmtoken.backbones.base import Backbone, Layout, Modality
+from mmtoken.compressors.base import Compressor, Context
 from mmtoken.engine.tower import TowerRun
+from mmtoken.errors import InputError, UnsupportedError
+from mmtoken.tokens import VisualTokens
 
 
 @dataclass
@@ -79,6 +82,91 @@ class EncoderCall:
     def seeds(self, backbone: Backbone) -> list[int]:
         """An integer per item from the exact bits of its pixels."""
         return [bit_hash(item) for item in backbone.item_pixels(self.modality, self.arguments)]
+
+
+class FrameContext(Context):
+    """The context of the `frames` site: nothing has been encoded yet."""
+
+    tokenwise_projector = False
+
+    def __init__(self, counts: list[int], seed: int | None) -> None:
+        self.depth = 0
+        self.original_counts = counts
+        self._seed = seed
+
+    def content_seed(self, tokens: VisualTokens) -> list[int]:
+        if self._seed is None:
+            raise UnsupportedError("content_seed was not declared in `needs`.")
+        return [self._seed]
+
+    def _nothing(self, *_: Any) -> Any:
+        raise UnsupportedError("Before the tower has run there are neither keys nor attention.")
+
+    tower_attention = tower_keys = tower_cls = text_attention = next_attention = _nothing
+
+
+def choose_frames(method: Compressor, clips: list[Tensor], seeds: list[int] | None) -> list[Tensor]:
+    """Ask a method which frames of each video to encode: int[K] per video, checked.
+
+    Raises:
+        InputError: an index is out of range, repeated, out of order, or none is left.
+    """
+    picks = []
+    for number, clip in enumerate(clips):
+        pick = method.frames(clip, FrameContext([len(clip)], None if seeds is None else seeds[number]))
+        if not len(pick) or bool((pick.diff() <= 0).any()) or int(pick[0]) < 0 or int(pick[-1]) >= len(clip):
+            raise InputError(f"frames chose {pick.tolist()} of video {number} with {len(clip)} frames; give ascending "
+                             "indices below that, at least one.")
+        picks.append(pick)
+    return picks
+
+
+def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor]) -> Encoded:
+    """Stretch features and facts of some frames to all frames, so that they fit the prompt.
+
+    A frame that was not encoded holds copies of the last encoded one before it, at mass 0.
+    """
+    index, chosen = [], []
+    protected = full.protected.split(full.counts)
+    for item, pick in enumerate(picks):
+        grid = full.grids[item]
+        assert grid is not None
+        frames, area = grid[0], grid[1] * grid[2]
+        device = full.protected.device
+        nearest = (torch.searchsorted(pick.to(device), torch.arange(frames, device=device), right=True) - 1).clamp(min=0)
+        inside = torch.arange(frames * area, device=device)
+        where = torch.zeros(full.counts[item], dtype=torch.long, device=device)
+        where[~protected[item]] = nearest[inside // area] * area + inside % area
+        tail = int(protected[item].sum())
+        where[protected[item]] = len(pick) * area + torch.arange(tail, device=device)
+        index.append(where)
+        mass = torch.zeros(full.counts[item], device=device)
+        mass[~protected[item]] = torch.isin(inside // area, pick.to(device)).float()
+        chosen.append(mass)
+    features = output.pooler_output
+    stretched = [part[where] for part, where in zip(features, index, strict=True)]
+    output.pooler_output = torch.stack(stretched) if isinstance(features, Tensor) else tuple(stretched)
+    if getattr(output, "deepstack_features", None) is not None:
+        output.deepstack_features = [
+            tuple(part[where] for part, where in zip(layer, index, strict=True)) for layer in output.deepstack_features
+        ]
+    offsets = torch.tensor([0, *record.layout.counts[:-1]], device=full.protected.device).cumsum(0)
+    flat = torch.cat([where + offset for where, offset in zip(index, offsets, strict=True)])
+
+    def stretch(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[flat]
+
+    mass = torch.cat(chosen)
+    inner = stretch(record.mass)
+    return replace(
+        record,
+        layout=full,
+        mass=mass if inner is None else mass * inner,
+        size=stretch(record.size),
+        attention=stretch(record.attention),
+        keys=stretch(record.keys),
+        cls=None,
+    )
 
 
 def bit_hash(tensor: Tensor) -> int:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
@@ -23,7 +23,7 @@ from mmtoken.compressors.base import Compressor
 from mmtoken.compressors.registry import resolve
 from mmtoken.engine import attention, gather
 from mmtoken.engine.cache import LogicalLayer, cache_bytes, logical_layer, make_logical, new_cache
-from mmtoken.engine.encode import Encoded, EncoderCall
+from mmtoken.engine.encode import Encoded, EncoderCall, choose_frames, fill_frames
 from mmtoken.engine.flops import DecoderShape
 from mmtoken.engine.positions import renumber
 from mmtoken.engine.prefill import CallContext, Cut, Items, Prefill, locate, most_mass
@@ -242,15 +242,21 @@ class Session(AbstractContextManager["Session"]):
             if state.encoder is not None:  # Qwen encodes videos through its image method
                 return original(*args, **kwargs)
             bound = signature.bind(*args, **kwargs).arguments
-            call = state.encoder = EncoderCall(modality, {**bound, **bound.get("kwargs", {})})
+            given = {**bound, **bound.get("kwargs", {})}
+            given.pop("kwargs", None)
             started = time.perf_counter()
+            arguments, picks = self._pick_frames(modality, given)
+            call = state.encoder = EncoderCall(modality, arguments)
             try:
-                output = original(*args, **kwargs)
+                output = original(**arguments)
             finally:
                 state.encoder = None
             acted = "vision_layer" in self.compressor.sites
             seeds = "content_seed" in self.compressor.needs
             record = call.finish(self.backbone, self.compressor.needs, acted, seeds)
+            if picks is not None:
+                tiles = sum(len(clip) for clip in self.backbone.clips(given))
+                record = fill_frames(output, record, self.backbone.layout(modality, given, tiles), picks)
             record.seconds = time.perf_counter() - started
             if hasattr(output, "pooler_output"):
                 setattr(output, _RECORD, record)
@@ -260,6 +266,23 @@ class Session(AbstractContextManager["Session"]):
 
         object.__setattr__(root, name, encode)
         undo.callback(root.__dict__.pop, name, None)
+
+    def _pick_frames(
+        self, modality: Modality, given: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[Tensor] | None]:
+        """Leave whole frames of videos out before they are encoded, if the method does that."""
+        if modality != "video" or "frames" not in self.compressor.sites:
+            return given, None
+        clips = self.backbone.clips(given)
+        seeds = None
+        if "content_seed" in self.compressor.needs:
+            seeds = EncoderCall(modality, given).seeds(self.backbone)
+        started = time.perf_counter()
+        picks = choose_frames(self.compressor, clips, seeds)
+        report = self._thread.report = Report(type(self.compressor).__name__)
+        before, after = [len(clip) for clip in clips], [len(pick) for pick in picks]
+        report.sites.append(SiteReport("frames", None, before, after, time.perf_counter() - started))
+        return self.backbone.with_frames(given, picks), picks
 
     def _root_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self._thread
@@ -343,30 +366,69 @@ class Session(AbstractContextManager["Session"]):
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = (torch.arange(length, device=embeds.device) + past)[None]
-        if isinstance(kwargs.get("attention_mask"), dict):
-            raise UnsupportedError("attention_mask is a dict of masks per layer type, which is not supported.")
-        mask = self._dense_mask(decoder, embeds, kwargs.get("attention_mask"), cache, positions)
+        given = _full_attention_mask(kwargs.get("attention_mask"))
+        mask = self._dense_mask(decoder, embeds, given, cache, positions)
         everything = torch.ones(rows, length, dtype=torch.bool, device=embeds.device)
-        real = _real_tokens(kwargs.get("attention_mask"), everything, past)
+        real = _real_tokens(given, everything, past)
         cut = Cut.of(0, everything)
-        tokens = self._prompt_tokens(items, embeds)
-        call = Prefill(items, length, past, real, mask, embeds, positions, cut, tokens, ~everything, cache=cache,
-                       input_ids=state.input_ids)
+        call = Prefill(items, length, past, real, mask, embeds, positions, cut, self._prompt_tokens(items, embeds),
+                       ~everything, cache=cache, input_ids=state.input_ids)
         state.prefill = call
         self._start_report(call, decoder, encoded)
-        context = CallContext(call, len(decoder.layers))
-        tokens = self._select_encoded(call, tokens)
-        if "llm_input" in self.compressor.sites:
-            tokens = self.run_site("llm_input", None, tokens, lambda t: self.compressor.llm_input(t, context))
-        keep = call.apply(tokens)
-        if self.compressor.merges and "llm_input" in self.compressor.sites:
-            embeds = call.write(tokens, embeds)
+        embeds, keep = self._decide(call, decoder)
         call.cut = call.base = Cut.of(0, keep)
         if self._wanted:
             state_listener = functools.partial(self._listen, call)
             attention._listening.listener = state_listener
         call.seconds = time.perf_counter()
         return {**kwargs, **self._shortened(decoder, kwargs, call, embeds, keep)}
+
+    def _decide(self, call: Prefill, decoder: nn.Module) -> tuple[Tensor, Tensor]:
+        """Let the compressor act on the prompt: (embeds with merged features float[B, L, D], bool[B, L] left)."""
+        tokens = self._select_encoded(call, call.tokens)
+        if "llm_input" in self.compressor.sites:
+            context = CallContext(call, len(decoder.layers))
+            tokens = self.run_site("llm_input", None, tokens, lambda t: self.compressor.llm_input(t, context))
+        keep = call.apply(tokens)
+        merged = self.compressor.merges and bool(self.compressor.sites & {"llm_input", "project"})
+        return call.write(tokens, call.embeds) if merged else call.embeds, keep
+
+    def plan(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        embeds: Tensor,
+        visual: dict[str, Tensor],
+        outputs: Mapping[Modality, Any],
+    ) -> tuple[Prefill, Tensor, Tensor]:
+        """What is left of a prompt, without running the decoder.
+
+        Args:
+            input_ids: int[B, L].
+            attention_mask: int[B, L] or None.
+            positions: position ids of the whole prompt.
+            embeds: float[B, L, D], visual features in place.
+            visual: bool[B, L] per modality.
+            outputs: encoder outputs made while this session was attached.
+
+        Returns:
+            (call state, embeds with merged features, bool[B, L] of the positions that are left).
+        """
+        decoder = self.backbone.decoder
+        assert decoder is not None
+        encoded = {name: getattr(output, _RECORD) for name, output in outputs.items()}
+        for output in outputs.values():
+            delattr(output, _RECORD)
+        items = locate(visual, encoded)
+        everything = torch.ones_like(input_ids, dtype=torch.bool)
+        real = _real_tokens(attention_mask, everything, 0)
+        tokens = self._prompt_tokens(items, embeds)
+        call = Prefill(items, input_ids.shape[1], 0, real, None, embeds, positions, Cut.of(0, everything), tokens,
+                       ~everything, input_ids=input_ids)
+        embeds, keep = self._decide(call, decoder)
+        self.take_report()
+        return call, embeds, keep
 
     def _logical_cache(self, decoder: nn.Module, kwargs: dict[str, Any]) -> Any:
         cache = kwargs.get("past_key_values")
@@ -423,6 +485,8 @@ class Session(AbstractContextManager["Session"]):
             )
         if items.size is not None:
             tokens = tokens.replace(size=items.size)
+        if acted == {"frames"}:
+            return tokens.where((items.mass > 0) | tokens.protected)
         return most_mass(tokens, items.mass, self.compressor.keep)
 
     def _shortened(
@@ -432,10 +496,11 @@ class Session(AbstractContextManager["Session"]):
         changed: dict[str, Any] = {"inputs_embeds": gather.rows(embeds, cut.index)}
         positions = gather.last(call.position_ids, cut.index)
         if self.compressor.positions == "renumber":
-            moved, cut.shift = renumber(call.position_ids, call.dropped, self._spans(call))
+            moved, cut.shift = renumber(call.position_ids, call.dropped, self.spans(call))
             positions = gather.last(moved, cut.index)
         changed["position_ids"] = positions
-        changed["attention_mask"] = self._layer_mask(decoder, call, cut, 0, changed["inputs_embeds"])
+        mask = self._layer_mask(decoder, call, cut, 0, changed["inputs_embeds"])
+        changed["attention_mask"] = _like(kwargs.get("attention_mask"), mask)
         flags = kwargs.get("visual_pos_masks")
         if flags is not None:
             changed["visual_pos_masks"] = gather.last(flags, cut.index) & cut.valid_mask()
@@ -443,7 +508,8 @@ class Session(AbstractContextManager["Session"]):
         return changed
 
     @staticmethod
-    def _spans(call: Prefill) -> list[tuple[int, Tensor]]:
+    def spans(call: Prefill) -> list[tuple[int, Tensor]]:
+        """(row, int[n] positions) of every item."""
         items = call.items
         return [(row, items.places[i][items.valid[i]]) for i, row in enumerate(items.rows)]
 
@@ -517,7 +583,7 @@ class Session(AbstractContextManager["Session"]):
             before, call.cut = call.cut, Cut.of(call.cut.group + 1, keep)
             hidden = gather.rows(hidden, before.rank.gather(1, call.cut.index))
             if self.compressor.positions == "renumber":
-                moved, call.cut.shift = renumber(call.position_ids, call.dropped, self._spans(call))
+                moved, call.cut.shift = renumber(call.position_ids, call.dropped, self.spans(call))
                 call.cut.position_ids = gather.last(moved, call.cut.index)
             kwargs = self._cut_arguments(decoder, call, number, base_kwargs, hidden)
         call.layer_cut[number] = call.cut
@@ -641,7 +707,7 @@ class Session(AbstractContextManager["Session"]):
             return None
         ids = kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
-        given = kwargs.get("attention_mask")
+        given = _full_attention_mask(kwargs.get("attention_mask"))
         positions = kwargs.get("position_ids")
         shifted = any(layer.shift is not None for layer in cache.layers if isinstance(layer, LogicalLayer))
         if past == 0:
@@ -665,7 +731,8 @@ class Session(AbstractContextManager["Session"]):
                 config=decoder.config, inputs_embeds=embeds, attention_mask=given, past_key_values=cache
             )
         state.decode_mask = mask
-        changed["attention_mask"] = self._decode_mask(first, mask, length, source.shape[0], decoder)
+        mask = self._decode_mask(first, mask, length, source.shape[0], decoder)
+        changed["attention_mask"] = _like(kwargs.get("attention_mask"), mask)
         return (), changed
 
     @staticmethod
@@ -770,6 +837,22 @@ def _dense_bytes(call: Prefill) -> int:
         for tensor in (layer.keys, layer.values):
             total += tensor.numel() // tensor.shape[-2] * (call.past + call.length) * tensor.element_size()
     return total
+
+
+def _full_attention_mask(given: Any) -> Any:
+    """The mask of full-attention layers, where the caller hands in one per layer type."""
+    if not isinstance(given, dict):
+        return given
+    if set(given) != {"full_attention"}:
+        raise UnsupportedError(
+            f"attention_mask has entries for {sorted(given)}; only models whose layers all attend fully can be compressed."
+        )
+    return given["full_attention"]
+
+
+def _like(given: Any, mask: Tensor | None) -> Any:
+    """`mask` in the form in which the caller handed its mask in."""
+    return {"full_attention": mask} if isinstance(given, dict) else mask
 
 
 def _real_tokens(given: Any, everything: Tensor, past: int) -> Tensor:
