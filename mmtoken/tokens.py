@@ -191,6 +191,8 @@ def top_mask(scores: Tensor, counts: list[int], eligible: Tensor) -> Tensor:
             "the weights for NaN or infinities (in float16, try bfloat16)."
         )
     order = torch.argsort(scores.masked_fill(~eligible, -math.inf), dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     limit = torch.tensor(counts, device=rank.device)[:, None]
     return (rank < limit) & eligible

@@ -130,7 +130,6 @@ class Backbone(ABC):
     def item_pixels(self, modality: Modality, call: Mapping[str, Any]) -> list[Tensor]:
         """The pixel values of each item, without padding that depends on the batch."""
 
-
     def clips(self, call: Mapping[str, Any]) -> list[Tensor]:
         """The videos of a `get_video_features` call, each float[frames, ...] (Qwen: temporal steps)."""
         raise UnsupportedError(f"{self.name} encodes no videos, so no frames can be left out.")

@@ -43,7 +43,9 @@ class Idefics3(Backbone):
     def layout(self, modality: Modality, call: Mapping[str, Any], tiles: int) -> Layout:
         rows, columns = (side // self.model.config.scale_factor for side in self._grid(call))
         device = call["pixel_values"].device
-        return Layout([rows * columns] * tiles, ((1, rows, columns),) * tiles, prefix_flags(tiles * rows * columns, device))
+        return Layout(
+            [rows * columns] * tiles, ((1, rows, columns),) * tiles, prefix_flags(tiles * rows * columns, device)
+        )
 
     def to_prompt(self, modality: Modality, call: Mapping[str, Any], values: Tensor) -> Tensor:
         return unit_mean(values, *self._grid(call), self.model.config.scale_factor).flatten(0, 1)

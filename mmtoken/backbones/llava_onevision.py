@@ -78,7 +78,10 @@ class LlavaOneVision(Backbone):
         newline = torch.zeros(values.shape[-1], device=values.device, dtype=values.dtype)
         aspect = call.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
         packed, _ = self.root.pack_image_features(
-            torch.split(values, self._tiles(call)), call["image_sizes"], image_newline=newline, vision_aspect_ratio=aspect
+            torch.split(values, self._tiles(call)),
+            call["image_sizes"],
+            image_newline=newline,
+            vision_aspect_ratio=aspect,
         )
         return list(packed)
 

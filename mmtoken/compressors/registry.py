@@ -1,4 +1,6 @@
 """placeholder until the registry lands"""
-from mmtoken.compressors.base import Compressor
+
+
+
 def resolve(spec):
     return spec

@@ -51,15 +51,20 @@ def register() -> None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(TAPPED_SDPA, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
+def listen(listener: Listener | None) -> None:
+    """Let `listener` see every tapped attention call of this thread from now on; None: nobody."""
+    _listening.listener = listener
+
+
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Let `listener` see every tapped attention call of this thread."""
+    """The same inside a with statement; whoever listened before listens again afterwards."""
     before = getattr(_listening, "listener", None)
-    _listening.listener = listener
+    listen(listener)
     try:
         yield
     finally:
-        _listening.listener = before
+        listen(before)
 
 
 class PrivateConfig:
@@ -87,9 +92,7 @@ class PrivateConfig:
             module.config = self.original
 
 
-def query_row(
-    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, index: Tensor, past: int
-) -> Tensor:
+def query_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, index: Tensor, past: int) -> Tensor:
     """Attention of one query per row, averaged over heads.
 
     Args:
@@ -111,6 +114,8 @@ def query_row(
     if mask is None:
         allowed = torch.arange(length, device=key.device) <= (past + index)[:, None]
     else:
-        row = mask.expand(rows, -1, -1, -1).gather(2, index.view(-1, 1, 1, 1).expand(-1, mask.shape[1], 1, mask.shape[3]))
+        row = mask.expand(rows, -1, -1, -1).gather(
+            2, index.view(-1, 1, 1, 1).expand(-1, mask.shape[1], 1, mask.shape[3])
+        )
         allowed = (row if row.dtype == torch.bool else row == 0)[:, 0, 0, :length]
     return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1).mean(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmtoken.backbones.base import Backbone, Layout, Modality
-from mmtoken.compressors.base import Compressor, Context
+from mmtoken.compressors.base import Compressor, Context, Need
 from mmtoken.engine.tower import TowerRun
 from mmtoken.errors import InputError, UnsupportedError
 from mmtoken.tokens import VisualTokens
@@ -54,7 +54,7 @@ class EncoderCall:
     projected_mass: Tensor | None = None
     projected_size: Tensor | None = None
 
-    def finish(self, backbone: Backbone, needs: frozenset[str], acted: bool, seeds: bool) -> Encoded:
+    def finish(self, backbone: Backbone, needs: frozenset[Need], acted: bool) -> Encoded:
         """Bring everything to the resolution of the prompt."""
         layout = backbone.layout(self.modality, self.arguments, self.tiles)
         encoded = Encoded(self.modality, layout)
@@ -75,7 +75,7 @@ class EncoderCall:
             encoded.mass = carry(self.projected_mass[..., None])[:, 0]
             assert self.projected_size is not None
             encoded.size = carry(self.projected_size[..., None])[:, 0]
-        if seeds:
+        if "content_seed" in needs:
             encoded.seeds = self.seeds(backbone)
         return encoded
 
@@ -115,8 +115,10 @@ def choose_frames(method: Compressor, clips: list[Tensor], seeds: list[int] | No
     for number, clip in enumerate(clips):
         pick = method.frames(clip, FrameContext([len(clip)], None if seeds is None else seeds[number]))
         if not len(pick) or bool((pick.diff() <= 0).any()) or int(pick[0]) < 0 or int(pick[-1]) >= len(clip):
-            raise InputError(f"frames chose {pick.tolist()} of video {number} with {len(clip)} frames; give ascending "
-                             "indices below that, at least one.")
+            raise InputError(
+                f"frames chose {pick.tolist()} of video {number} with {len(clip)} frames; give ascending "
+                "indices below that, at least one."
+            )
         picks.append(pick)
     return picks
 
@@ -133,7 +135,9 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
         assert grid is not None
         frames, area = grid[0], grid[1] * grid[2]
         device = full.protected.device
-        nearest = (torch.searchsorted(pick.to(device), torch.arange(frames, device=device), right=True) - 1).clamp(min=0)
+        nearest = (torch.searchsorted(pick.to(device), torch.arange(frames, device=device), right=True) - 1).clamp(
+            min=0
+        )
         inside = torch.arange(frames * area, device=device)
         where = torch.zeros(full.counts[item], dtype=torch.long, device=device)
         where[~protected[item]] = nearest[inside // area] * area + inside % area

@@ -66,6 +66,7 @@ def _compress(model: PreTrainedModel, method: Compressor, session: Session, inpu
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor):
         raise InputError("inputs has no input_ids; hand in what the processor returned.")
+    assert session.hooks is not None
     positions = generation_positions(model, inputs)
     outputs, used = _encode(session, inputs)
     if not outputs:
@@ -80,10 +81,10 @@ def _compress(model: PreTrainedModel, method: Compressor, session: Session, inpu
                 f"input_ids has {int(mask.sum())} {modality} tokens but the {modality}s give {len(features)} features."
             )
         embeds = embeds.masked_scatter(mask[..., None], features.to(embeds.dtype))
-    call, embeds, keep = session.plan(ids, inputs.get("attention_mask"), positions, embeds, visual, outputs)
+    call, embeds, keep = session.hooks.plan(ids, inputs.get("attention_mask"), positions, embeds, visual, outputs)
     short: dict[str, Any] = {name: value for name, value in inputs.items() if name not in used}
     if method.positions == "renumber":
-        positions, _ = renumber(positions, call.dropped, session.spans(call))
+        positions, _ = renumber(positions, call.dropped, call.items.spans())
     index, valid = gather.right_aligned(keep)
     real = gather.last(call.real, index)
     real = real if valid is None else real & valid
@@ -150,7 +151,12 @@ def _pad_placeholders(short: dict[str, Any], missing: Tensor, placeholder: int, 
     """Give each row masked placeholders for the zeros that its features were filled up with."""
     lengths = short["attention_mask"].sum(-1) + missing
     extra = max(0, int(lengths.max()) - short["input_ids"].shape[1])
-    for name, value in (("input_ids", padding), ("attention_mask", 0), ("position_ids", 0), *((n, 0) for n in _TOKEN_TYPES)):
+    for name, value in (
+        ("input_ids", padding),
+        ("attention_mask", 0),
+        ("position_ids", 0),
+        *((n, 0) for n in _TOKEN_TYPES),
+    ):
         if name in short:
             short[name] = F.pad(short[name], (extra, 0), value=value)
     column = torch.arange(short["input_ids"].shape[1], device=missing.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,12 +45,16 @@ class Items:
     seeds: list[int] | None = None
     known: bool = False
 
+    def spans(self) -> list[tuple[int, Tensor]]:
+        """(row, int[n] positions) of every item."""
+        return [(row, self.places[i][self.valid[i]]) for i, row in enumerate(self.rows)]
+
     @property
     def row_index(self) -> Tensor:
         return torch.tensor(self.rows, device=self.places.device)
 
 
-def locate(visual: dict[str, Tensor], encoded: dict[str, Encoded]) -> Items:
+def locate(visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> Items:
     """Find the items of a prompt.
 
     Args:
@@ -91,8 +96,9 @@ def locate(visual: dict[str, Tensor], encoded: dict[str, Encoded]) -> Items:
             sources.append((record, item, first, count))
             start += count
     order = sorted(range(len(rows)), key=lambda i: (rows[i], int(spans[i][0])))
-    return _stack([rows[i] for i in order], [spans[i] for i in order], [grids[i] for i in order],
-                  [sources[i] for i in order])
+    return _stack(
+        [rows[i] for i in order], [spans[i] for i in order], [grids[i] for i in order], [sources[i] for i in order]
+    )
 
 
 def _runs(where: Tensor) -> list[tuple[int, Tensor]]:
@@ -228,13 +234,28 @@ class Prefill:
     cache: Any = None
     scores: dict[int, tuple[Tensor, int, Cut]] = field(default_factory=dict)
     layer_cut: dict[int, Cut] = field(default_factory=dict)
-    seconds: float = 0.0
+    started: float = 0.0
 
     @property
     def last_token(self) -> Tensor:
         """int[B]: position of each row's last real token."""
         count = torch.arange(self.length, device=self.real.device)
         return torch.where(self.real, count, 0).amax(-1)
+
+    def last_row(self) -> Tensor:
+        """int[B]: row of that token in the current sequence."""
+        return self.cut.rank.gather(1, self.last_token[:, None])[:, 0]
+
+    def forward_fill(self) -> Tensor:
+        """int[B, L]: for each position of the call, the row of the last token left at or before it.
+
+        The output keeps the caller's length, so that `logits[:, -1]`, `labels` and `logits_to_keep` mean what they
+        meant.
+        """
+        cut = self.cut
+        left = torch.zeros_like(self.real).scatter(1, cut.index, cut.valid_mask())
+        padding = cut.index.shape[1] - left.sum(-1, keepdim=True)
+        return (left.long().cumsum(-1) - 1 + padding).clamp(min=0)
 
     def places(self, tokens: VisualTokens) -> Tensor:
         """int[I, K] positions of tokens in their prompt rows."""

@@ -6,6 +6,7 @@ at every dropped patch a copy of the last kept one before it; the engine drops t
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -200,7 +201,9 @@ class PackedRun(TowerRun):
         self.valid = inside < counts[:, None]
         self.slot = (self.frame_start[:, None] + inside).clamp(max=len(self.raster) - 1)
         self.source = (self.raster[self.slot] - self.frame_start[:, None]).masked_fill(~self.valid, 0)
-        self.inverse = torch.empty_like(self.raster).scatter_(0, self.raster, torch.arange(len(self.raster), device=device))
+        self.inverse = torch.empty_like(self.raster).scatter_(
+            0, self.raster, torch.arange(len(self.raster), device=device)
+        )
         self.left = torch.ones(len(self.raster), dtype=torch.bool, device=device)
         self.rotary: tuple[Tensor, Tensor] | None = None
 
@@ -272,9 +275,7 @@ class PackedRun(TowerRun):
         assert self.rotary is not None
         query, key = (_rotate(x.detach().float(), *self.rotary).transpose(0, 1) for x in self._split())
         bounds = nn.functional.pad(self._frame_lengths().cumsum(0), (1, 0)).tolist()
-        parts = [
-            _received(query[:, a:b], key[:, a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
+        parts = [_received(query[:, a:b], key[:, a:b]) for a, b in itertools.pairwise(bounds)]
         return torch.cat(parts).view(-1, self.members).mean(-1)[self._rank()][self.inverse]
 
     def _frame_lengths(self) -> Tensor:
@@ -299,11 +300,7 @@ def _window_order(frames: int, rows: int, columns: int, window: int | None) -> T
     raster = torch.arange(frames * rows * columns).view(frames, rows, columns)
     if window is None:
         return raster.flatten()
-    parts = [
-        tile.flatten(1)
-        for band in raster.split(window, 1)
-        for tile in band.split(window, 2)
-    ]
+    parts = [tile.flatten(1) for band in raster.split(window, 1) for tile in band.split(window, 2)]
     return torch.cat(parts, 1).flatten()
 
 

@@ -16,6 +16,7 @@ from mmtoken.backbones.base import Tower
 from mmtoken.compressors.base import Context
 from mmtoken.engine import gather
 from mmtoken.engine.encode import EncoderCall
+from mmtoken.engine.measure import note_tokens
 from mmtoken.engine.report import Report
 from mmtoken.engine.tower import DenseRun, PackedRun, TowerRun, restore_output
 from mmtoken.errors import MMTokenError, UnsupportedError
@@ -109,10 +110,10 @@ class VisionHooks:
         call = self._thread.call
         return call.runs[-1] if call is not None and call.runs else None
 
-    def _tower_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _tower_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tower, state = self.tower, self._thread
-        pixels = args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states"))
-        call = self.session.encoder_call
+        pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states"))
+        call = self.session.thread.encoder
         if call is None:  # a tower by itself
             call = EncoderCall("image", {"pixel_values": pixels})
         state.call = call
@@ -145,7 +146,9 @@ class VisionHooks:
         if "vision_layer" in method.sites and 0 < number <= self.tower.feature_block:
             tokens = run.units(hidden)
             context = self._context(run, tokens, inside=True)
-            left = self.session.run_site("vision_layer", number, tokens, lambda t: method.vision_layer(t, number, context))
+            left = self.session.run_site(
+                "vision_layer", number, tokens, lambda t: method.vision_layer(t, number, context)
+            )
             hidden = run.shorten(hidden, left)
         kwargs = run.block_arguments(kwargs, method.size_bias)
         if isinstance(run, PackedRun) and number == self.tower.feature_block:
@@ -212,10 +215,7 @@ class VisionHooks:
         report = self.session.take_report() or Report(type(method).__name__)
         report.item_rows = list(range(len(tokens)))
         report.tokens_in = counts
-        report.tokens = tokens
-        eligible = tokens.eligible
-        report.kept = [tokens.source[i][eligible[i]] for i in range(len(tokens))]
-        report.kernels = {"scores": "torch"}
+        note_tokens(report, tokens)
         self.session.reports.append(report)
 
     # --- around a token-wise projector ---------------------------------------------------------------------------------
