@@ -130,6 +130,11 @@ class VisualTokens:
         """Eligible tokens per item (one device synchronisation)."""
         return [int(n) for n in self.eligible.sum(-1).tolist()]
 
+    def kept(self) -> list[Tensor]:
+        """Per item, int[K]: `source` of its eligible tokens."""
+        eligible = self.eligible
+        return [source[where] for source, where in zip(self.source, eligible, strict=True)]
+
     def budget(self, keep: int | float) -> list[int]:
         """Tokens to keep per item under `keep`, by `kept_count`."""
         return [kept_count(keep, total, steps) for total, steps in zip(self.counts(), self.steps, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtoken.backbones.base import Backbone, Layout, Modality, Tower
 from mmtoken.errors import UnsupportedError
@@ -19,7 +19,7 @@ class BareDecoder(Backbone):
     modalities: ClassVar[tuple[Modality, ...]] = ()
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         return self.root
 
     def tower(self) -> None:
@@ -47,7 +47,7 @@ class BareTower(Backbone):
     tokenwise_projector: ClassVar[bool] = True
 
     @property
-    def root(self) -> nn.Module:
+    def root(self) -> Any:
         return self.model
 
     @property
@@ -56,7 +56,7 @@ class BareTower(Backbone):
 
     def tower(self) -> Tower:
         # transformers 5.17 nests the transformer in `vision_model`; later versions do not.
-        inner = self.model._modules.get("vision_model", self.model)
+        inner: Any = self.model._modules.get("vision_model", self.model)
         blocks = inner.encoder.layers
         clip = self.model.config.model_type == "clip_vision_model"
         return Tower(

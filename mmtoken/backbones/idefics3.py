@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtoken.backbones.base import Backbone, Layout, Modality, Tower, prefix_flags, unit_mean
 
@@ -20,9 +20,8 @@ class Idefics3(Backbone):
     model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
 
     @property
-    def decoder(self) -> nn.Module:
-        decoder: nn.Module = self.root.text_model
-        return decoder
+    def decoder(self) -> Any:
+        return self.root.text_model
 
     def tower(self) -> Tower:
         tower = self.root.vision_model

@@ -28,7 +28,6 @@ class LogicalLayer:
         shift: int[B], by how much later positions move down (positions="renumber"), or None.
     """
 
-    __slots__ = ()  # instances take over another layer's __dict__, which needs the same object layout
     dropped: int = 0
     slots: Tensor | None = None
     ragged: bool = False
@@ -95,13 +94,14 @@ class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
             if not bool((tail == torch.arange(start, start + tail.shape[1], device=tail.device)).all()):
                 raise UnsupportedError(f"crop removes {remove} tokens and reaches into compressed ones; start anew.")
             self.slots = self.slots[:, :left]
+        assert self.keys is not None and self.values is not None
         self.keys, self.values = self.keys[..., :left, :], self.values[..., :left, :]
 
     def reset(self) -> None:
         super().reset()
         self.dropped, self.slots, self.ragged, self.group, self.shift = 0, None, False, 0, None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
@@ -134,7 +134,7 @@ class LogicalStaticLayer(LogicalLayer, StaticLayer):
         super().reset()
         self.dropped, self.slots, self.ragged, self.group, self.shift = 0, None, False, 0, None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
@@ -182,11 +182,10 @@ def new_cache(config: Any) -> DynamicCache:
 
 def cache_bytes(cache: object) -> int:
     """Bytes of the keys and values in use."""
-    if not isinstance(cache, Cache):
-        return 0
+    layers: list[Any] = cache.layers if isinstance(cache, Cache) else []
     total = 0
-    for layer in cache.layers:
-        if isinstance(layer, LogicalLayer) and layer.is_initialized:  # type: ignore[attr-defined]
+    for layer in layers:
+        if isinstance(layer, LogicalLayer) and layer.stored():
             for tensor in (layer.keys, layer.values):  # type: ignore[attr-defined]
                 total += tensor.numel() // tensor.shape[-2] * layer.stored() * tensor.element_size()
     return total

@@ -75,7 +75,7 @@ def _pick_frames(
     picks = choose_frames(method, clips, seeds)
     report = session.thread.report = Report(type(method).__name__)
     before, after = [len(clip) for clip in clips], [len(pick) for pick in picks]
-    report.sites.append(SiteReport("frames", None, before, after, time.perf_counter() - started))
+    report.sites.append(SiteReport("frames", None, before, after, picks, time.perf_counter() - started))
     return backbone.with_frames(given, picks), picks
 
 

@@ -24,6 +24,7 @@ def start_report(session: Session, call: Prefill, decoder: Any, encoded: Mapping
     state = session.thread
     report = state.report = state.report or Report(type(session.compressor).__name__)
     report.item_rows = list(call.items.rows)
+    report.places = [places for _, places in call.items.spans()]
     report.tokens_in = call.tokens.counts()
     report.prompt_lengths = [int(n) for n in call.real.sum(-1).tolist()]
     report.decoder = DecoderShape.from_config(decoder.config)
@@ -66,8 +67,7 @@ def finish_report(session: Session, call: Prefill, cuts: list[Cut]) -> None:
 def note_tokens(report: Report, tokens: VisualTokens) -> None:
     """The surviving tokens, as tokens and as indices per item."""
     report.tokens = tokens
-    eligible = tokens.eligible
-    report.kept = [tokens.source[i][eligible[i]] for i in range(len(tokens))]
+    report.kept = tokens.kept()
     report.kernels = {"scores": "torch"}
 
 

@@ -56,5 +56,6 @@ def generation_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> T
     calls it.
     """
     ids = inputs["input_ids"]
-    positions: Tensor = model._prepare_position_ids_for_generation(ids, dict(inputs))
+    prepare: Any = model._prepare_position_ids_for_generation
+    positions: Tensor = prepare(ids, dict(inputs))
     return positions

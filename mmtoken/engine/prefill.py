@@ -303,7 +303,8 @@ class CallContext(Context):
     def __init__(self, call: Prefill, depth: int, next_scores: Any = None) -> None:
         self.call = call
         self.depth = depth
-        self.layer: int | None = None
+        eligible = call.items.valid & ~call.items.protected
+        self.original_counts = [int(n) for n in eligible.sum(-1).tolist()]
         self._next_scores = next_scores
 
     def _tower_fact(self, values: Tensor | None, tokens: VisualTokens, name: str) -> Tensor:
@@ -325,12 +326,6 @@ class CallContext(Context):
     def tower_cls(self, tokens: VisualTokens) -> Tensor | None:
         # CLS features live before the projector; here tokens are behind it.
         return None
-
-    @property
-    def original_counts(self) -> list[int]:
-        """Eligible tokens per item before any cut of this call."""
-        items = self.call.items
-        return [int(n) for n in (items.valid & ~items.protected).sum(-1).tolist()]
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         items = self.call.items

@@ -20,7 +20,9 @@ class SiteReport:
     Attributes:
         site: name of the site ("llm_input", ...).
         layer: tower block or decoder layer, None where the site has none.
-        tokens_in, tokens_out: tokens per item before and after, separators not counted.
+        tokens_in, tokens_out: tokens per item before and after, separators not counted. (Inside a tower the items are
+            what attends to itself: tiles, or frames.)
+        kept: per item, int[K] original indices left, separators not counted.
         seconds: wall time inside the compressor, scores that it asked for included.
     """
 
@@ -28,7 +30,12 @@ class SiteReport:
     layer: int | None
     tokens_in: list[int]
     tokens_out: list[int]
+    kept: list[Tensor] = field(repr=False)
     seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**vars(self), "kept": [indices.tolist() for indices in self.kept]}
 
 
 @dataclass
@@ -39,10 +46,11 @@ class Report:
         compressor: class name of the compressor.
         sites: every compressor call, in order.
         item_rows: prompt row (sample) of each item.
+        places: per item, int[N] position in the prompt row of each of its tokens, separators included.
         tokens_in: visual tokens per item before any compression, separators not counted.
         prompt_lengths: tokens of each prompt row before compression, padding not counted.
         layer_lengths: per decoder layer, the tokens of each prompt row that the layer processed.
-        kept: per item, int[K] original indices (0 .. N - 1 among the item's tokens) left after the last cut.
+        kept: per item, int[K] indices into its `places` left after the last cut, separators not counted.
         tokens: the surviving tokens after the last site.
         kv_bytes, kv_bytes_dense: key/value cache after the prefill, and what it would be without compression.
         scoring_seconds, vision_seconds, prefill_seconds: wall time in compressors, encoder and decoder prefill.
@@ -54,6 +62,7 @@ class Report:
     compressor: str
     sites: list[SiteReport] = field(default_factory=list)
     item_rows: list[int] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list, repr=False)
     tokens_in: list[int] = field(default_factory=list)
     prompt_lengths: list[int] = field(default_factory=list)
     layer_lengths: list[list[int]] = field(default_factory=list)
@@ -108,13 +117,14 @@ class Report:
             "schema_version": SCHEMA_VERSION,
             "compressor": self.compressor,
             "calls": self.calls,
-            "sites": [vars(site) for site in self.sites],
+            "sites": [site.to_dict() for site in self.sites],
             "item_rows": self.item_rows,
             "tokens_in": self.tokens_in,
             "tokens_out": self.tokens_out,
             "prompt_lengths": self.prompt_lengths,
             "layer_lengths": self.layer_lengths,
             "layer_average": self.layer_average,
+            "places": [places.tolist() for places in self.places],
             "kept": [indices.tolist() for indices in self.kept],
             "kv_bytes": self.kv_bytes,
             "kv_bytes_dense": self.kv_bytes_dense,

@@ -176,7 +176,7 @@ class Session(AbstractContextManager["Session"]):
         seconds = time.perf_counter() - started
         if self.thread.report is None:
             self.thread.report = Report(type(self.compressor).__name__)
-        self.thread.report.sites.append(SiteReport(site, layer, before, left.counts(), seconds))
+        self.thread.report.sites.append(SiteReport(site, layer, before, left.counts(), left.kept(), seconds))
         return left
 
     def take_report(self) -> Report | None:

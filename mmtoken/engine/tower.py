@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from mmtoken.backbones.base import Tower
 from mmtoken.errors import UnsupportedError
@@ -68,7 +68,7 @@ class TowerRun(ABC):
 
 
 def _head_mean(projected: Tensor, heads: int) -> Tensor:
-    return projected.unflatten(-1, (heads, -1)).mean(-2)
+    return projected.view(*projected.shape[:-1], heads, -1).mean(-2)
 
 
 class DenseRun(TowerRun):
