@@ -238,7 +238,7 @@ _MODELS: dict[str, type[tf.PreTrainedModel]] = {
 def build(
     name: str, attn: str = "sdpa", seed: int = 0, dtype: torch.dtype = torch.float32, *, layers: int = 4
 ) -> tf.PreTrainedModel:
-    """A tiny random model in eval mode: a family of `FAMILIES`, or bare `llama`, `qwen2`, `clip_vision`, `siglip_vision`.
+    """A tiny random model in eval mode: one of `FAMILIES`, or bare `llama`, `qwen2`, `clip_vision`, `siglip_vision`.
 
     Generation never stops early (no end token), so that compared runs have equal length.
     """
@@ -331,7 +331,7 @@ def inputs(
             if i:
                 row += _words(2, g)
             row += _placeholder(family, modality, next(items), ids, g)
-        rows.append(row + [_newline(family)] + _words(after, g))
+        rows.append([*row, _newline(family), *_words(after, g)])
     length = max(map(len, rows))
     out = {
         "input_ids": torch.tensor([[role["pad"]] * (length - len(r)) + r for r in rows]),
