@@ -238,7 +238,7 @@ def loss_and_grads(model: nn.Module, inputs: Inputs, labels: Tensor, **kwargs: A
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return Gradients(float(loss), grads)
+    return Gradients(loss.item(), grads)
 
 
 def grad_error(a: Gradients, b: Gradients) -> float:

@@ -254,7 +254,7 @@ def build(
                 # and norms off their constants.
                 if p.ndim >= 2 and "embed" not in key:
                     fan_in = p[0].numel()
-                    p.normal_(0.0, 1.6 / fan_in**0.5)
+                    p.normal_(0.0, 1.0 / fan_in**0.5)
                 elif p.ndim >= 2 or "class_embedding" in key or "image_newline" in key:
                     p.normal_(0.0, 1.0)
                 elif key.endswith("bias"):
@@ -302,6 +302,8 @@ def inputs(
     Cases: `plain` (2 rows of equal length), `single`, `left_padded` (2 rows, texts of different length), `ragged`
     (texts of equal length, images of different size; LLaVA has one size, there the rows have 1 and 2 images),
     `padded_ragged` (3 rows, both), `multi_image` (2 images in a row, 1 in the other), `text_row` (a row with no image).
+    All but `plain` and `single` have left padding. In Idefics3 and SmolVLM the smallest image of `padded_ragged` is one
+    unsplit tile with padded pixels, the only case in which the tower's blocks get a mask.
     For modality "video" read video for image; `ragged` then means different frame counts where a batch allows it
     (Qwen) and a different number of videos otherwise (LLaVA-OneVision).
     """
@@ -435,7 +437,7 @@ def _idefics(
 def _qwen(
     model: tf.PreTrainedModel, rows: list[list[int]], modality: str, g: torch.Generator
 ) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    images, videos = [(1, 8, 8), (1, 8, 12), (1, 12, 12)], [(2, 4, 8), (2, 8, 6), (4, 4, 8)]
+    images, videos = [(1, 8, 8), (1, 8, 12), (1, 12, 12)], [(2, 4, 8), (2, 8, 6), (3, 4, 12)]
     grids = [(images if modality == "image" else videos)[kind] for row in rows for kind in row]
     vision = model.config.vision_config
     values = 3 * vision.temporal_patch_size * vision.patch_size**2
