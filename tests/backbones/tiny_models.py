@@ -99,11 +99,15 @@ def special_ids(family: str) -> dict[str, int]:
     return ids
 
 
+def role_tokens(family: str) -> dict[str, str | None]:
+    """Token texts by role: `bos`, `eos`, `pad`, `image`, `video` (None where the family has none)."""
+    return dict(zip(("bos", "eos", "pad", "image", "video"), _ROLES[family], strict=True))
+
+
 def roles(family: str) -> dict[str, int | None]:
     """Ids by role: `bos`, `eos`, `pad`, `image`, `video` (None where the family has none)."""
     ids = special_ids(family)
-    names = ("bos", "eos", "pad", "image", "video")
-    return {n: None if t is None else ids[t] for n, t in zip(names, _ROLES[family], strict=True)}
+    return {name: None if token is None else ids[token] for name, token in role_tokens(family).items()}
 
 
 # --------------------------------------------------------------------------------------------------------- models
@@ -405,7 +409,7 @@ def _onevision(
     return items, {
         "pixel_values": torch.nn.utils.rnn.pad_sequence(patches, batch_first=True),
         "image_sizes": torch.tensor(image_sizes),
-        "batch_num_images": torch.tensor([len(row) for row in rows]),
+        "batch_num_images": torch.tensor([len(row) for row in rows if row]),  # the processor skips rows without image
     }
 
 
