@@ -151,6 +151,20 @@ def test_decode_only_spares_the_prompt() -> None:
     assert oracle.max_error(plain.logits[:, 1], cut.logits[:, 1]) > 1e-3
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_hidden_token_sees_itself(attn: str) -> None:
+    model = tiny("llava", attn)
+    batch = inputs(model, "llava", "image", "single")
+    keep = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    keep[:, :3] = False  # without the exception, row 0 of the attention would be empty
+    with torch.no_grad(), oracle.masked_keys(model, oracle.keep_in_layers(keep, all_layers(model))):
+        masked = model(**oracle.clone(batch)).logits
+    alone = {name: batch[name][:, :1] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert oracle.max_error(masked[:, :1], model(**alone).logits) < TOLERANCE
+    assert torch.isfinite(masked).all()
+
+
 def test_one_keep_per_head() -> None:
     model = tiny("llava")
     batch = inputs(model, "llava", "image", "left_padded")
