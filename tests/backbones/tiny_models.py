@@ -99,11 +99,15 @@ def special_ids(family: str) -> dict[str, int]:
     return ids
 
 
+def role_tokens(family: str) -> dict[str, str | None]:
+    """Token texts by role: `bos`, `eos`, `pad`, `image`, `video` (None where the family has none)."""
+    return dict(zip(("bos", "eos", "pad", "image", "video"), _ROLES[family], strict=True))
+
+
 def roles(family: str) -> dict[str, int | None]:
     """Ids by role: `bos`, `eos`, `pad`, `image`, `video` (None where the family has none)."""
     ids = special_ids(family)
-    names = ("bos", "eos", "pad", "image", "video")
-    return {n: None if t is None else ids[t] for n, t in zip(names, _ROLES[family], strict=True)}
+    return {name: None if token is None else ids[token] for name, token in role_tokens(family).items()}
 
 
 # --------------------------------------------------------------------------------------------------------- models
@@ -238,7 +242,7 @@ _MODELS: dict[str, type[tf.PreTrainedModel]] = {
 def build(
     name: str, attn: str = "sdpa", seed: int = 0, dtype: torch.dtype = torch.float32, *, layers: int = 4
 ) -> tf.PreTrainedModel:
-    """A tiny random model in eval mode: a family of `FAMILIES`, or bare `llama`, `qwen2`, `clip_vision`, `siglip_vision`.
+    """A tiny random model in eval mode: one of `FAMILIES`, or bare `llama`, `qwen2`, `clip_vision`, `siglip_vision`.
 
     Generation never stops early (no end token), so that compared runs have equal length.
     """
@@ -254,7 +258,7 @@ def build(
                 # and norms off their constants.
                 if p.ndim >= 2 and "embed" not in key:
                     fan_in = p[0].numel()
-                    p.normal_(0.0, 1.6 / fan_in**0.5)
+                    p.normal_(0.0, 1.0 / fan_in**0.5)
                 elif p.ndim >= 2 or "class_embedding" in key or "image_newline" in key:
                     p.normal_(0.0, 1.0)
                 elif key.endswith("bias"):
@@ -302,6 +306,8 @@ def inputs(
     Cases: `plain` (2 rows of equal length), `single`, `left_padded` (2 rows, texts of different length), `ragged`
     (texts of equal length, images of different size; LLaVA has one size, there the rows have 1 and 2 images),
     `padded_ragged` (3 rows, both), `multi_image` (2 images in a row, 1 in the other), `text_row` (a row with no image).
+    All but `plain` and `single` have left padding. In Idefics3 and SmolVLM the smallest image of `padded_ragged` is one
+    unsplit tile with padded pixels, the only case in which the tower's blocks get a mask.
     For modality "video" read video for image; `ragged` then means different frame counts where a batch allows it
     (Qwen) and a different number of videos otherwise (LLaVA-OneVision).
     """
@@ -331,7 +337,7 @@ def inputs(
             if i:
                 row += _words(2, g)
             row += _placeholder(family, modality, next(items), ids, g)
-        rows.append(row + [_newline(family)] + _words(after, g))
+        rows.append([*row, _newline(family), *_words(after, g)])
     length = max(map(len, rows))
     out = {
         "input_ids": torch.tensor([[role["pad"]] * (length - len(r)) + r for r in rows]),
@@ -403,7 +409,7 @@ def _onevision(
     return items, {
         "pixel_values": torch.nn.utils.rnn.pad_sequence(patches, batch_first=True),
         "image_sizes": torch.tensor(image_sizes),
-        "batch_num_images": torch.tensor([len(row) for row in rows]),
+        "batch_num_images": torch.tensor([len(row) for row in rows if row]),  # the processor skips rows without image
     }
 
 
@@ -435,7 +441,7 @@ def _idefics(
 def _qwen(
     model: tf.PreTrainedModel, rows: list[list[int]], modality: str, g: torch.Generator
 ) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    images, videos = [(1, 8, 8), (1, 8, 12), (1, 12, 12)], [(2, 4, 8), (2, 8, 6), (4, 4, 8)]
+    images, videos = [(1, 8, 8), (1, 8, 12), (1, 12, 12)], [(2, 4, 8), (2, 8, 6), (3, 4, 12)]
     grids = [(images if modality == "image" else videos)[kind] for row in rows for kind in row]
     vision = model.config.vision_config
     values = 3 * vision.temporal_patch_size * vision.patch_size**2
