@@ -6,7 +6,7 @@ becomes `<bos>`, 64 x `<image>`, the question, `<assistant>`, the answer, `<eos>
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from mmtoken.datasets.shapes_qa import COLORS, IMAGE_SIZE, PLURALS, SHAPES, SUPERLATIVES
@@ -49,10 +49,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
     )
-    # Words are joined by blanks; the digits of a number are closed up again and punctuation takes none before it.
+    # Words are joined by blanks, none before punctuation; the digits of a number are closed up again.
     tokenizer.decoder = decoders.Sequence(
         [
+            decoders.WordPiece(prefix="##", cleanup=True),
             decoders.Fuse(),
+            decoders.Replace(Regex(r"(?<=\d) (?=\d)"), ""),
         ]
     )
     return PreTrainedTokenizerFast(
