@@ -9,10 +9,11 @@ A YAML names classes to import: treat a recipe like code, and run only those you
 
 from __future__ import annotations
 
-import lightning as L
-from lightning.pytorch.cli import LightningCLI
+import warnings
+from typing import Any
 
-SUBCOMMANDS = ("fit", "validate")
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 
 class RecipeCLI(LightningCLI):
@@ -25,6 +26,12 @@ class RecipeCLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
         }
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse `args`; that they were passed on by `mmtoken` and not read from the command line is no mistake."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+            super().parse_arguments(parser, args)
 
 
 def main(argv: list[str], subcommand: str = "fit") -> None:
