@@ -1,0 +1,161 @@
+"""What the engine needs to know about a family of models: where its parts are and how its tokens are laid out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mmtoken.errors import UnsupportedError
+from mmtoken.tokens import Grid
+
+Modality = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision transformer and where its parts are.
+
+    Attributes:
+        module: the module that takes pixels.
+        blocks: its transformer blocks, in order.
+        feature_block: index of the block whose output the projector reads.
+        prefix: tokens before the patches (CLS, registers).
+        unit: side of the square of patches that become one projected token.
+        heads: attention heads.
+        packed: whether patches of all images form one sequence [S, D] (Qwen) instead of [tiles, patches, D].
+        attention: attribute of a block that holds its attention.
+        queries, keys: attributes of the attention that project queries and keys; the same name if fused with values.
+        mergers: modules that turn a packed sequence into projected tokens.
+        window: side of an attention window in projected tokens, None without window attention.
+    """
+
+    module: nn.Module
+    blocks: nn.ModuleList
+    feature_block: int
+    prefix: int
+    unit: int
+    heads: int
+    packed: bool = False
+    attention: str = "self_attn"
+    queries: str = "q_proj"
+    keys: str = "k_proj"
+    mergers: tuple[nn.Module, ...] = ()
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the encoded items of one call lie in the language model's input.
+
+    Attributes:
+        counts: tokens per item, separators included.
+        grids: (frames, rows, columns) per item, None where its tokens are not one grid.
+        protected: bool[sum(counts)], separators such as newline tokens.
+    """
+
+    counts: list[int]
+    grids: tuple[Grid | None, ...]
+    protected: Tensor
+
+
+class Backbone(ABC):
+    """One family of models. Adapters know no method; they hold no state besides the model."""
+
+    name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    modalities: ClassVar[tuple[Modality, ...]] = ("image",)
+    dynamic_resolution: ClassVar[bool] = False
+    """Whether the number of visual tokens follows the size of the image, so that down-scaling before the processor
+    saves tokens."""
+    tokenwise_projector: ClassVar[bool] = False
+    """Whether the projector maps patch by patch and nothing re-samples its output."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @property
+    def root(self) -> Any:
+        """The module whose forward splices visual features into the text and calls the decoder.
+
+        Typed `Any`, as are the modules below it: they are reached by attribute, which `nn.Module` types too widely.
+        """
+        return self.model.base_model
+
+    @property
+    def decoder(self) -> Any:
+        """The text model: has `layers`, `rotary_emb` and `config`. None for a bare tower."""
+        return self.root.language_model
+
+    @abstractmethod
+    def tower(self) -> Tower | None:
+        """The vision tower, None for a bare decoder."""
+
+    def projector(self) -> nn.Module | None:
+        """The module that maps patches to the decoder's width; only needed where `tokenwise_projector` holds."""
+        return None
+
+    def placeholder_ids(self, modality: Modality) -> int:
+        """The token id that marks the place of visual tokens in the prompt."""
+        return int(getattr(self.model.config, f"{modality}_token_id"))
+
+    @abstractmethod
+    def layout(self, modality: Modality, call: Mapping[str, Any], tiles: int) -> Layout:
+        """Lay out the items of one `get_{modality}_features` call.
+
+        Args:
+            modality: "image" or "video".
+            call: the arguments of that call by name.
+            tiles: rows that the tower processed.
+        """
+
+    @abstractmethod
+    def to_prompt(self, modality: Modality, call: Mapping[str, Any], values: Tensor) -> Tensor:
+        """Carry per-patch values the way the model carries its features into the prompt.
+
+        Args:
+            modality: "image" or "video".
+            call: the arguments of the `get_{modality}_features` call.
+            values: float[tiles, patches, C], or float[units, C] for packed towers.
+
+        Returns:
+            float[tokens, C]: averaged, re-sampled and re-ordered like the features; 0 at separators.
+        """
+
+    @abstractmethod
+    def item_pixels(self, modality: Modality, call: Mapping[str, Any]) -> list[Tensor]:
+        """The pixel values of each item, without padding that depends on the batch."""
+
+    def clips(self, call: Mapping[str, Any]) -> list[Tensor]:
+        """The videos of a `get_video_features` call, each float[frames, ...] (Qwen: temporal steps)."""
+        raise UnsupportedError(f"{self.name} encodes no videos, so no frames can be left out.")
+
+    def with_frames(self, call: Mapping[str, Any], picks: list[Tensor]) -> dict[str, Any]:
+        """The same call with frames `picks` int[K] of each video only."""
+        raise UnsupportedError(f"{self.name} encodes no videos, so no frames can be left out.")
+
+
+def hidden_state_block(layer: int | list[int], blocks: int) -> int:
+    """Index of the block that produces `hidden_states[layer]` (entry 0 are the embeddings).
+
+    Of several layers (multi-layer features) the last one counts.
+    """
+    last = layer if isinstance(layer, int) else layer[-1]
+    return (last if last >= 0 else blocks + 1 + last) - 1
+
+
+def unit_mean(values: Tensor, rows: int, columns: int, unit: int) -> Tensor:
+    """Average float[tiles, rows * columns, C] over squares of unit x unit patches: float[tiles, R * C / unit^2, C]."""
+    tiles, _, width = values.shape
+    blocks = values.reshape(tiles, rows // unit, unit, columns // unit, unit, width)
+    return blocks.mean((2, 4)).flatten(1, 2)
+
+
+def prefix_flags(length: int, device: torch.device) -> Tensor:
+    """bool[length], all False: no separators."""
+    return torch.zeros(length, dtype=torch.bool, device=device)

@@ -1,0 +1,1 @@
+"""Compressors: one paper, one file."""

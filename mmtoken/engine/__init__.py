@@ -1,0 +1,1 @@
+"""Attaches compressors to unmodified Hugging Face models: the only code that touches another library's modules."""

@@ -1,0 +1,121 @@
+"""Reads single rows of attention out of a running decoder, without ever forming the square matrix.
+
+Transformers looks attention functions up by name at every call. One registered name wraps `sdpa`: it hands the rotated
+queries and keys to whoever listens in this thread and then calls the very same function, so outputs do not change by
+a bit. A model is switched to the name by a private copy of its text config.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+TAPPED_SDPA = "mmtoken_sdpa"
+
+Listener = Callable[[nn.Module, Tensor, Tensor, Tensor | None, float], bool]
+"""Called with (attention module, queries [B, H, q, d], keys [B, G, k, d], mask, scaling); True skips the attention."""
+
+_listening = threading.local()
+
+
+def _tapped_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    listener: Listener | None = getattr(_listening, "listener", None)
+    if listener is not None:
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if listener(module, query, key, attention_mask, scaling):
+            return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+    output: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return output
+
+
+def register() -> None:
+    """Add the tapped name to transformers' registries of attention and mask functions; safe to repeat.
+
+    Without the mask entry transformers would silently build no mask at all.
+    """
+    if TAPPED_SDPA not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(TAPPED_SDPA, _tapped_sdpa)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(TAPPED_SDPA, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def listen(listener: Listener | None) -> None:
+    """Let `listener` see every tapped attention call of this thread from now on; None: nobody."""
+    _listening.listener = listener
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """The same inside a with statement; whoever listened before listens again afterwards."""
+    before = getattr(_listening, "listener", None)
+    listen(listener)
+    try:
+        yield
+    finally:
+        listen(before)
+
+
+class PrivateConfig:
+    """Gives a decoder a config of its own, so that switching its attention touches no other model."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.original: Any = decoder.config
+        self.config: Any = copy.copy(self.original)
+        self.holders = [m for m in decoder.modules() if m.__dict__.get("config") is self.original]
+        for module in self.holders:
+            module.config = self.config
+
+    @contextmanager
+    def tapped(self) -> Iterator[None]:
+        """Use the tapped attention inside, whatever the model uses otherwise."""
+        before = self.config._attn_implementation
+        self.config._attn_implementation = TAPPED_SDPA
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
+
+    def restore(self) -> None:
+        for module in self.holders:
+            module.config = self.original
+
+
+def query_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, index: Tensor, past: int) -> Tensor:
+    """Attention of one query per row, averaged over heads.
+
+    Args:
+        query: float[B, H, q, d], rotated.
+        key: float[B, G, k, d], rotated, G dividing H; entries beyond past + q are unused buffer.
+        mask: bool or additive [B or 1, 1, q, k], or None for causal attention.
+        scaling: factor on the dot products.
+        index: int[B], which query of each row.
+        past: keys that precede the first query.
+
+    Returns:
+        float32[B, k], softmax over the keys that the query may see.
+    """
+    rows, heads, _, width = query.shape
+    groups, length = key.shape[1], key.shape[2]
+    picked = query.gather(2, index.view(-1, 1, 1, 1).expand(-1, heads, 1, width)).detach().float()
+    scores = torch.einsum("bghd,bgkd->bghk", picked.view(rows, groups, heads // groups, width), key.detach().float())
+    scores = scores.flatten(1, 2) * scaling
+    if mask is None:
+        allowed = torch.arange(length, device=key.device) <= (past + index)[:, None]
+    else:
+        row = mask.expand(rows, -1, -1, -1).gather(
+            2, index.view(-1, 1, 1, 1).expand(-1, mask.shape[1], 1, mask.shape[3])
+        )
+        allowed = (row if row.dtype == torch.bool else row == 0)[:, 0, 0, :length]
+    return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1).mean(1)

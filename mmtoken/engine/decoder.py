@@ -1,0 +1,499 @@
+"""Hooks on the decoder: shorten the prompt at its input and between layers, and translate masks while decoding."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mmtoken.backbones.base import Modality
+from mmtoken.engine import attention, gather, masks
+from mmtoken.engine.cache import LogicalLayer, logical_layer, make_logical, new_cache
+from mmtoken.engine.encoder import encoded_by, forget
+from mmtoken.engine.measure import finish_report, start_report
+from mmtoken.engine.positions import renumber
+from mmtoken.engine.prefill import CallContext, Cut, Items, Prefill, locate, most_mass
+from mmtoken.errors import InputError, UnsupportedError
+from mmtoken.tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from mmtoken.engine.session import Session
+
+_PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
+_DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class DecoderHooks:
+    """Sets the hooks that a compressor needs on one decoder, and on the module that splices features into its input.
+
+    `decoder` and what hangs below it are transformers modules reached by attribute, hence typed `Any`.
+    """
+
+    def __init__(self, session: Session, decoder: Any) -> None:
+        self.session = session
+        self.decoder = decoder
+        self.backbone = session.backbone
+        self.compressor = session.compressor
+        self.thread = session.thread
+        depth = len(decoder.layers)
+        self.depth = depth
+        self.cuts = self.compressor.cut_layers(depth)
+        self.scored = self.compressor.score_layers(depth)
+        self.private: attention.PrivateConfig | None = None
+        self.tapped: dict[int, int] = {}
+        root = self.backbone.root
+        self.separate_root = root is not decoder
+        self.signature = inspect.signature(type(root).forward)
+
+    def install(self, undo: ExitStack) -> None:
+        """Set everything; `undo` takes it away."""
+
+        def keep(handle: RemovableHandle) -> None:
+            undo.callback(handle.remove)
+
+        root, decoder = self.backbone.root, self.decoder
+        if self.separate_root:
+            keep(root.register_forward_pre_hook(self._root_pre, with_kwargs=True))
+            keep(root.register_forward_hook(self._root_post, always_call=True))
+        keep(decoder.register_forward_pre_hook(self._decoder_pre, with_kwargs=True))
+        keep(decoder.register_forward_hook(self._decoder_post, always_call=True))
+        if self.cuts:
+            for number in range(min((*self.cuts, *self.scored)), self.depth):
+                hook = functools.partial(self._layer_pre, number)
+                keep(decoder.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
+            self._tap(undo)
+            self._follow_deepstack(undo)
+
+    def _tap(self, undo: ExitStack) -> None:
+        """Listen to the layers whose attention is read."""
+        if not ({"text_attention", "next_attention"} & self.compressor.needs):
+            return
+        attention.register()
+        self.private = attention.PrivateConfig(self.decoder)
+        undo.callback(self.private.restore)
+        if self.private.config._attn_implementation == "sdpa":
+            self.private.config._attn_implementation = attention.TAPPED_SDPA
+            self.tapped = {id(self.decoder.layers[number].self_attn): number for number in self.scored}
+
+    def _follow_deepstack(self, undo: ExitStack) -> None:
+        """Qwen3-VL adds features between layers; after a cut they must go to the tokens that are left."""
+        original = getattr(self.decoder, "_deepstack_process", None)
+        if original is None:
+            return
+
+        def process(hidden: Tensor, flags: Tensor, embeds: Tensor) -> Tensor:
+            call = self.thread.prefill
+            if call is not None and call.base is not None and call.cut is not call.base:
+                left = torch.zeros_like(call.real).scatter(1, call.cut.index, call.cut.valid_mask())
+                left = gather.last(left, call.base.index) & call.base.valid_mask()
+                embeds = embeds[left[flags]]
+                flags = gather.last(flags, call.base.rank.gather(1, call.cut.index)) & call.cut.valid_mask()
+            result: Tensor = original(hidden, flags, embeds)
+            return result
+
+        object.__setattr__(self.decoder, "_deepstack_process", process)
+        undo.callback(self.decoder.__dict__.pop, "_deepstack_process", None)
+
+    # --- where visual tokens are ---------------------------------------------------------------------------------------
+
+    def _root_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = self.thread
+        bound = self.signature.bind_partial(module, *args, **kwargs).arguments
+        call = {**bound, **bound.get("kwargs", {})}
+        outputs = call.get("mm_encoder_outputs") or {}
+        state.visual = None
+        # Without pixels or features there are no visual tokens, even if a generated id equals the placeholder's.
+        if not outputs and all(call.get(name) is None for name in _PIXELS):
+            return
+        state.encoded = encoded_by(outputs)
+        state.input_ids = ids = call.get("input_ids")
+        state.visual = {}
+        for modality in self.backbone.modalities:
+            token = self.backbone.placeholder_ids(modality)
+            if ids is not None:
+                state.visual[modality] = ids == token
+            else:
+                embeds = call["inputs_embeds"]
+                placeholder = self.session.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+                state.visual[modality] = (embeds == placeholder).all(-1)
+
+    def _root_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        state = self.thread
+        state.visual = state.encoded = state.input_ids = state.prefill = None
+        state.decode_mask = state.decode_positions = None
+
+    def _visual_masks(self, rows: int, length: int, past: int) -> Mapping[str, Tensor] | None:
+        """bool[B, L] per modality for this decoder call, None if it holds no visual tokens."""
+        found: Mapping[str, Tensor] | None = self.thread.visual
+        given = self.session.visual
+        if found is None and given is not None and past == 0:
+            if given.shape[1] != length or rows % given.shape[0]:
+                raise InputError(
+                    f"visual has shape {tuple(given.shape)} but the prompt is {rows} rows of {length} tokens; give one "
+                    "flag per token."
+                )
+            found = {"marked": given.repeat_interleave(rows // given.shape[0], 0)}
+        return found if found is not None and any(bool(mask.any()) for mask in found.values()) else None
+
+    def _decoder_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        kwargs = {**dict(zip(_DECODER_ARGUMENTS, args, strict=False)), **kwargs}
+        ids = kwargs.get("input_ids")
+        rows, length = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        visual = self._visual_masks(rows, length, past)
+        if visual is None:
+            return self._decode(kwargs, cache, past)
+        if ids is not None:
+            self.thread.input_ids = ids
+            kwargs = {**kwargs, "input_ids": None, "inputs_embeds": self.decoder.get_input_embeddings()(ids)}
+        return (), self._compress_prompt(kwargs, visual, past)
+
+    # --- prefill -----------------------------------------------------------------------------------------------------
+
+    def _compress_prompt(self, kwargs: dict[str, Any], visual: Mapping[str, Tensor], past: int) -> dict[str, Any]:
+        """The decoder's arguments for the shortened prompt."""
+        state = self.thread
+        embeds = kwargs["inputs_embeds"]
+        rows, length = embeds.shape[:2]
+        cache = self._logical_cache(kwargs)
+        encoded = state.encoded or {}
+        items = locate(visual, encoded)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = (torch.arange(length, device=embeds.device) + past)[None]
+        given = masks.full_attention(kwargs.get("attention_mask"))
+        everything = torch.ones(rows, length, dtype=torch.bool, device=embeds.device)
+        call = Prefill(
+            items=items,
+            length=length,
+            past=past,
+            real=masks.real_tokens(given, everything, past),
+            mask=masks.dense_mask(self.decoder, embeds, given, cache, positions),
+            embeds=embeds,
+            position_ids=positions,
+            cut=Cut.of(0, everything),
+            tokens=_prompt_tokens(items, embeds),
+            dropped=~everything,
+            cache=cache,
+            input_ids=state.input_ids,
+        )
+        state.prefill = call
+        start_report(self.session, call, self.decoder, encoded)
+        embeds, keep = self._decide(call)
+        call.cut = call.base = Cut.of(0, keep)
+        if self.tapped:
+            attention.listen(functools.partial(self._note_scores, call))
+        call.started = time.perf_counter()
+        return {**kwargs, "past_key_values": cache, **self._shortened(kwargs, call, embeds, keep)}
+
+    def _logical_cache(self, kwargs: dict[str, Any]) -> Any:
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
+        checkpointing = self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False)
+        if checkpointing and self.cuts and not _hooks_run_outside_checkpoints(self.decoder):
+            raise UnsupportedError(
+                "gradient_checkpointing=True with cuts between layers: this transformers version runs hooks again in "
+                "the recomputation; upgrade transformers or disable checkpointing."
+            )
+        if cache is None and use_cache and not checkpointing:
+            # The decoder would create it inside; it must have logical layers before masks are made.
+            cache = new_cache(self.decoder.config)
+        if cache is not None:
+            make_logical(cache)
+        return cache
+
+    def _decide(self, call: Prefill) -> tuple[Tensor, Tensor]:
+        """Let the compressor act on the prompt: (embeds with merged features float[B, L, D], bool[B, L] left)."""
+        tokens = self._select_encoded(call)
+        if "llm_input" in self.compressor.sites:
+            context = CallContext(call, self.depth)
+            tokens = self.session.run_site("llm_input", None, tokens, lambda t: self.compressor.llm_input(t, context))
+        keep = call.apply(tokens)
+        merged = self.compressor.merges and bool(self.compressor.sites & {"llm_input", "project"})
+        return call.write(tokens, call.embeds) if merged else call.embeds, keep
+
+    def _select_encoded(self, call: Prefill) -> VisualTokens:
+        """Apply what was decided before the tower, inside it or around the projector."""
+        tokens, items = call.tokens, call.items
+        acted = self.compressor.sites & {"vision_layer", "project", "frames"}
+        if not acted:
+            return tokens
+        if "project" in acted and not self.backbone.tokenwise_projector:
+            context = CallContext(call, 0)
+            return self.session.run_site(
+                "project", None, tokens, lambda t: self.compressor.project(t, lambda already: already, context)
+            )
+        if items.mass is None:
+            if acted == {"frames"}:  # images have no frames to leave out
+                return tokens
+            raise UnsupportedError(
+                "These visual tokens were encoded outside the attached model, where the compressor could not act; pass "
+                "pixels while it is attached."
+            )
+        if items.size is not None:
+            tokens = tokens.replace(size=items.size)
+        if acted == {"frames"}:
+            return tokens.where((items.mass > 0) | tokens.protected)
+        return most_mass(tokens, items.mass, self.compressor.keep)
+
+    def plan(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        embeds: Tensor,
+        visual: Mapping[str, Tensor],
+        outputs: Mapping[Modality, Any],
+    ) -> tuple[Prefill, Tensor, Tensor]:
+        """What is left of a prompt, without running the decoder.
+
+        Args:
+            input_ids: int[B, L].
+            attention_mask: int[B, L] or None.
+            positions: position ids of the whole prompt.
+            embeds: float[B, L, D], visual features in place.
+            visual: bool[B, L] per modality.
+            outputs: encoder outputs made while this session was attached.
+
+        Returns:
+            (call state, embeds with merged features, bool[B, L] of the positions that are left).
+        """
+        encoded = encoded_by(outputs)
+        for output in outputs.values():
+            forget(output)
+        items = locate(visual, encoded)
+        everything = torch.ones_like(input_ids, dtype=torch.bool)
+        call = Prefill(
+            items=items,
+            length=input_ids.shape[1],
+            past=0,
+            real=masks.real_tokens(attention_mask, everything, 0),
+            mask=None,
+            embeds=embeds,
+            position_ids=positions,
+            cut=Cut.of(0, everything),
+            tokens=_prompt_tokens(items, embeds),
+            dropped=~everything,
+            input_ids=input_ids,
+        )
+        embeds, keep = self._decide(call)
+        self.session.take_report()
+        return call, embeds, keep
+
+    def _shortened(self, kwargs: dict[str, Any], call: Prefill, embeds: Tensor, keep: Tensor) -> dict[str, Any]:
+        cut = call.cut
+        changed: dict[str, Any] = {"inputs_embeds": gather.rows(embeds, cut.index)}
+        positions = call.position_ids
+        if self.compressor.positions == "renumber":
+            positions, cut.shift = renumber(positions, call.dropped, call.items.spans())
+        changed["position_ids"] = gather.last(positions, cut.index)
+        mask = masks.prefill_mask(self.decoder, call, cut, 0, changed["inputs_embeds"])
+        changed["attention_mask"] = masks.like(kwargs.get("attention_mask"), mask)
+        flags = kwargs.get("visual_pos_masks")
+        if flags is not None:
+            changed["visual_pos_masks"] = gather.last(flags, cut.index) & cut.valid_mask()
+            changed["deepstack_visual_embeds"] = [layer[keep[flags]] for layer in kwargs["deepstack_visual_embeds"]]
+        return changed
+
+    def _layer_pre(self, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        call = self.thread.prefill
+        if call is None:
+            return self._decode_layer(number, args, kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        given = kwargs
+        if call.cut is not call.base:
+            kwargs = self._cut_arguments(call, number, given, hidden)
+        if number in self.cuts:
+            hidden = self._cut_here(call, number, layer, hidden, kwargs)
+            kwargs = self._cut_arguments(call, number, given, hidden)
+        call.layer_cut[number] = call.cut
+        if number in self.scored and not self.tapped:
+            row = self._probe(call, number, layer, hidden, kwargs)
+            call.scores[number] = (row, row.shape[1] - call.cut.index.shape[1], call.cut)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _cut_here(self, call: Prefill, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Let the compressor act on what enters a layer; the shortened hidden states."""
+        context = CallContext(call, self.depth, functools.partial(self._probe, call, number, layer, hidden, kwargs))
+        tokens = call.tokens.replace(features=call.hidden(call.tokens, hidden))
+        tokens = self.session.run_site(
+            "llm_layer", number, tokens, lambda t: self.compressor.llm_layer(t, number, context)
+        )
+        keep = call.apply(tokens)
+        if self.compressor.merges:
+            hidden = call.write(tokens, hidden)
+        before, call.cut = call.cut, Cut.of(call.cut.group + 1, keep)
+        if self.compressor.positions == "renumber":
+            moved, call.cut.shift = renumber(call.position_ids, call.dropped, call.items.spans())
+            call.cut.position_ids = gather.last(moved, call.cut.index)
+        return gather.rows(hidden, before.rank.gather(1, call.cut.index))
+
+    def _cut_arguments(self, call: Prefill, number: int, given: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
+        """A layer's other arguments after a cut; computed once per cut and argument object."""
+        cut = call.cut
+        assert call.base is not None
+        relative = call.base.rank.gather(1, cut.index)
+
+        def once(name: str, make: Callable[[Any], Any]) -> Any:
+            value = given.get(name)
+            key = (name, id(value))
+            if key not in cut.memo:
+                cut.memo[key] = (value, make(value))  # holding `value` keeps its id from being used again
+            return cut.memo[key][1]
+
+        def mask(_: Any) -> Tensor | None:
+            made = masks.prefill_mask(self.decoder, call, cut, number, hidden)
+            # Layers, unlike the decoder, take no two-dimensional mask.
+            return made if made is not None and made.ndim == 4 else None
+
+        def tables(value: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if cut.position_ids is None:
+                return tuple(gather.rows(table, relative) for table in value)
+            axes = cut.position_ids[-3:] if cut.position_ids.ndim == 3 else cut.position_ids
+            rotated: tuple[Tensor, ...] = self.decoder.rotary_emb(hidden, axes)
+            return rotated
+
+        changed = {**given, "attention_mask": once("attention_mask", mask)}
+        if given.get("position_ids") is not None:
+            changed["position_ids"] = once("position_ids", lambda ids: gather.last(ids, relative))
+        if given.get("position_embeddings") is not None:
+            changed["position_embeddings"] = once("position_embeddings", tables)
+        return changed
+
+    def _note_scores(
+        self, call: Prefill, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+    ) -> bool:
+        """Listener: keep the attention of the last prompt token in the layers that are read."""
+        number = self.tapped.get(id(module))
+        if number is not None:
+            stored = logical_layer(call.cache, number)
+            past = 0 if stored is None else stored.stored() - query.shape[2]
+            row = attention.query_row(query, key, mask, scaling, call.last_row(), past)
+            call.scores[number] = (row, past, call.cut)
+        return False
+
+    def _probe(self, call: Prefill, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """float32[B, past + n]: attention of the last prompt token in a layer that has not run yet."""
+        rows: list[Tensor] = []
+        stored = logical_layer(call.cache, number)
+
+        def listener(_: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> bool:
+            past = 0
+            if stored is not None and stored.stored():
+                past = stored.stored()
+                key = torch.cat([stored.keys[:, :, :past], key], 2)  # type: ignore[attr-defined]
+            row = attention.query_row(query, key, mask, scaling, call.last_row(), past)
+            rows.append(row[:, : past + query.shape[2]])
+            return True
+
+        assert self.private is not None
+        with torch.no_grad(), attention.listening(listener), self.private.tapped():
+            layer.self_attn(
+                hidden_states=layer.input_layernorm(hidden),
+                position_embeddings=kwargs.get("position_embeddings"),
+                attention_mask=kwargs.get("attention_mask"),
+                position_ids=kwargs.get("position_ids"),
+                past_key_values=None,
+            )
+        return rows[0]
+
+    def _decoder_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        call = self.thread.prefill
+        attention.listen(None)
+        self.thread.prefill = None
+        if call is None or output is None:  # no output: the decoder raised
+            self._clear()
+            return None
+        assert call.base is not None
+        cuts = [call.layer_cut.get(number, call.base) for number in range(self.depth)]
+        for number, cut in enumerate(cuts):
+            stored = logical_layer(call.cache, number)
+            if stored is not None:
+                stored.record(cut.index, cut.valid, call.length, cut.group, cut.shift)
+        finish_report(self.session, call, cuts)
+        if not self.separate_root:
+            self._clear()
+        hidden = output[0]
+        if hidden.shape[1] == call.length and call.cut.valid is None:
+            return None
+        return _with_hidden(output, gather.rows(hidden, call.forward_fill()))
+
+    # --- decoding ----------------------------------------------------------------------------------------------------
+
+    def _decode(self, kwargs: dict[str, Any], cache: Any, past: int) -> Arguments | None:
+        """A call without visual tokens: if the cache is compressed, translate masks and positions."""
+        first = logical_layer(cache, 0)
+        if first is None or past == 0:
+            return None
+        state, decoder = self.thread, self.decoder
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        source = ids if embeds is None else embeds
+        assert source is not None
+        length = source.shape[1]
+        changed = dict(kwargs)
+        if any(layer.shift is not None for layer in cache.layers if isinstance(layer, LogicalLayer)):
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                positions = (torch.arange(length, device=source.device) + past)[None]
+            state.decode_positions = positions
+            if first.shift is not None:
+                changed["position_ids"] = positions - first.shift[:, None]
+        mask = given = masks.full_attention(kwargs.get("attention_mask"))
+        # Only sdpa does without a mask, and only for a single query; any other mask would be made in logical columns.
+        if length > 1 or given is not None or decoder.config._attn_implementation == "eager":
+            if embeds is None:
+                embeds = torch.empty(*source.shape, 0, dtype=decoder.dtype, device=source.device)
+            mask = masks.dense_mask(decoder, embeds, given, cache, None)
+        state.decode_mask = mask
+        mask = masks.decode_mask(decoder, first, mask, length)
+        changed["attention_mask"] = masks.like(kwargs.get("attention_mask"), mask)
+        return (), changed
+
+    def _decode_layer(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """The same for a layer behind a cut, which stores fewer entries than the first one."""
+        stored = logical_layer(kwargs.get("past_key_values"), number)
+        if stored is None or not stored.group:
+            return None
+        state = self.thread
+        if state.decode_mask is None and not stored.ragged and stored.shift is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        changed = dict(kwargs)
+        changed["attention_mask"] = masks.decode_mask(self.decoder, stored, state.decode_mask, hidden.shape[1])
+        if stored.shift is not None and state.decode_positions is not None:
+            positions = state.decode_positions - stored.shift[:, None]
+            axes = positions[-3:] if positions.ndim == 3 else positions
+            changed["position_embeddings"] = self.decoder.rotary_emb(hidden, axes)
+        return args, changed
+
+
+def _prompt_tokens(items: Items, embeds: Tensor) -> VisualTokens:
+    features = embeds[items.row_index[:, None], items.places]
+    return VisualTokens.from_features(features, valid=items.valid, protected=items.protected, grid=items.grids)
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output["last_hidden_state"] = hidden
+    return output
+
+
+def _hooks_run_outside_checkpoints(decoder: Any) -> bool:
+    """Whether checkpointing wraps a layer's forward (later transformers) and not its call with all hooks (5.17)."""
+    kinds = type(decoder.layers[0]).__mro__
+    return not any("__call__" in kind.__dict__ for kind in kinds if kind not in (nn.Module, object))

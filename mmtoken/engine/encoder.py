@@ -1,0 +1,89 @@
+"""Listens to a model's image and video encoders."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mmtoken.backbones.base import Modality
+from mmtoken.engine.encode import Encoded, EncoderCall, choose_frames, fill_frames
+from mmtoken.engine.report import Report, SiteReport
+
+if TYPE_CHECKING:
+    from mmtoken.engine.session import Session
+
+_RECORD = "mmtoken_encoded"
+
+
+def wrap_encoder(session: Session, modality: Modality, undo: ExitStack) -> None:
+    """Listen to `get_image_features` / `get_video_features` of this instance until `undo` closes.
+
+    They are public methods, not modules, so there is no hook for them; `generate` calls them before and apart from the
+    forward, and only they see the grids and image sizes. The result carries what was learnt as an attribute.
+    """
+    root = session.backbone.root
+    name = f"get_{modality}_features"
+    original = getattr(root, name)
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        state = session.thread
+        if state.encoder is not None:  # Qwen encodes videos through its image method
+            return original(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs).arguments
+        given = {**bound, **bound.get("kwargs", {})}
+        given.pop("kwargs", None)
+        started = time.perf_counter()
+        arguments, picks = _pick_frames(session, modality, given)
+        call = state.encoder = EncoderCall(modality, arguments)
+        try:
+            output = original(**arguments)
+        finally:
+            state.encoder = None
+        method, backbone = session.compressor, session.backbone
+        record = call.finish(backbone, method.needs, "vision_layer" in method.sites)
+        if picks is not None:
+            tiles = sum(len(clip) for clip in backbone.clips(given))
+            record = fill_frames(output, record, backbone.layout(modality, given, tiles), picks)
+        record.seconds = time.perf_counter() - started
+        if hasattr(output, "pooler_output"):
+            setattr(output, _RECORD, record)
+        if state.encoded is not None:
+            state.encoded[modality] = record
+        return output
+
+    object.__setattr__(root, name, encode)
+    undo.callback(root.__dict__.pop, name, None)
+
+
+def _pick_frames(
+    session: Session, modality: Modality, given: dict[str, Any]
+) -> tuple[dict[str, Any], list[Tensor] | None]:
+    """Leave whole frames of videos out before they are encoded, if the method does that."""
+    method, backbone = session.compressor, session.backbone
+    if modality != "video" or "frames" not in method.sites:
+        return given, None
+    clips = backbone.clips(given)
+    seeds = EncoderCall(modality, given).seeds(backbone) if "content_seed" in method.needs else None
+    started = time.perf_counter()
+    picks = choose_frames(method, clips, seeds)
+    report = session.thread.report = Report(type(method).__name__)
+    before, after = [len(clip) for clip in clips], [len(pick) for pick in picks]
+    report.sites.append(SiteReport("frames", None, before, after, picks, time.perf_counter() - started))
+    return backbone.with_frames(given, picks), picks
+
+
+def encoded_by(outputs: Any) -> dict[str, Encoded]:
+    """What the encoders left behind in their outputs, per modality; outputs of others are passed over."""
+    return {name: getattr(output, _RECORD) for name, output in outputs.items() if hasattr(output, _RECORD)}
+
+
+def forget(output: Any) -> None:
+    """Take the record off an encoder output that leaves the session."""
+    output.__dict__.pop(_RECORD, None)

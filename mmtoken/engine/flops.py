@@ -1,0 +1,46 @@
+"""Floating-point operations of a decoder's prefill, counted from its shape (a multiply-add counts as two)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes that the count needs; widths in features."""
+
+    layers: int
+    width: int
+    mlp_width: int
+    query_width: int
+    key_width: int
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> DecoderShape:
+        """Read a Hugging Face text config (gated MLP assumed, as in Llama and Qwen)."""
+        heads = config.num_attention_heads
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        return cls(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            mlp_width=config.intermediate_size,
+            query_width=heads * head_width,
+            key_width=key_heads * head_width,
+        )
+
+
+def prefill_flops(shape: DecoderShape, layer_lengths: list[list[int]]) -> float:
+    """FLOPs of one prefill.
+
+    Per layer and row of n tokens: projections 2 n d (2 d_q + 2 d_k), gated MLP 2 n (3 d m), attention scores and
+    values 2 (2 n^2 d_q); causal skipping is not counted, as in FastV's equation 5. Embedding and head are left out.
+
+    Args:
+        shape: the decoder's sizes.
+        layer_lengths: per layer, the tokens of every row.
+    """
+    linear = 2 * (2 * shape.width * (shape.query_width + shape.key_width) + 3 * shape.width * shape.mlp_width)
+    return float(sum(linear * n + 4 * shape.query_width * n * n for lengths in layer_lengths for n in lengths))

@@ -1,0 +1,367 @@
+"""One prefill: which tokens are visual, what is left of them, and what each decoder layer must be told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtoken.compressors.base import Context
+from mmtoken.engine import gather
+from mmtoken.engine.encode import Encoded, bit_hash
+from mmtoken.errors import InputError, UnsupportedError
+from mmtoken.tokens import Grid, VisualTokens, top_mask
+
+
+@dataclass
+class Items:
+    """Where the items of a call lie in its prompt.
+
+    Attributes:
+        rows: prompt row of each item.
+        places: int[I, N] positions in the row, padded with 0.
+        valid, protected: bool[I, N].
+        grids: per item.
+        mass, size, attention: float[I, N] or None, see `Encoded`.
+        keys: float[I, N, d] or None.
+        cls: float[I, D] or None.
+        seeds: per item, or None.
+        known: whether the encoder call was seen, so that tower facts exist.
+    """
+
+    rows: list[int]
+    places: Tensor
+    valid: Tensor
+    protected: Tensor
+    grids: tuple[Grid | None, ...]
+    mass: Tensor | None = None
+    size: Tensor | None = None
+    attention: Tensor | None = None
+    keys: Tensor | None = None
+    cls: Tensor | None = None
+    seeds: list[int] | None = None
+    known: bool = False
+
+    def spans(self) -> list[tuple[int, Tensor]]:
+        """(row, int[n] positions) of every item."""
+        return [(row, self.places[i][self.valid[i]]) for i, row in enumerate(self.rows)]
+
+    @property
+    def row_index(self) -> Tensor:
+        return torch.tensor(self.rows, device=self.places.device)
+
+
+def locate(visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> Items:
+    """Find the items of a prompt.
+
+    Args:
+        visual: per modality bool[B, L].
+        encoded: per modality what the encoder left behind; a missing one makes every run of visual tokens an item.
+
+    Raises:
+        InputError: the number of placeholders does not fit the encoded features.
+    """
+    rows: list[int] = []
+    spans: list[Tensor] = []
+    grids: list[Grid | None] = []
+    sources: list[tuple[Encoded, int, int, int] | None] = []
+    for modality, mask in visual.items():
+        where = mask.nonzero()
+        if not len(where):
+            continue
+        record = encoded.get(modality)
+        per_row = mask.sum(-1).tolist()
+        if record is None:
+            for row, span in _runs(where):
+                rows.append(row)
+                spans.append(span)
+                grids.append(None)
+                sources.append(None)
+            continue
+        total = sum(record.layout.counts)
+        if not total or len(where) % total:
+            raise InputError(
+                f"input_ids has {len(where)} {modality} tokens but the {modality}s give {total} features; the prompt "
+                "must hold one placeholder per feature (truncated prompt, or more images than placeholders?)."
+            )
+        start = 0
+        for row, item, first in _assign(per_row, record.layout.counts, len(where) // total, modality):
+            count = record.layout.counts[item]
+            rows.append(row)
+            spans.append(where[start : start + count, 1])
+            grids.append(record.layout.grids[item])
+            sources.append((record, item, first, count))
+            start += count
+    order = sorted(range(len(rows)), key=lambda i: (rows[i], int(spans[i][0])))
+    return _stack(
+        [rows[i] for i in order], [spans[i] for i in order], [grids[i] for i in order], [sources[i] for i in order]
+    )
+
+
+def _runs(where: Tensor) -> list[tuple[int, Tensor]]:
+    """Runs of consecutive positions in int[n, 2] (row, position)."""
+    step = where.diff(dim=0)
+    breaks = ((step[:, 0] != 0) | (step[:, 1] != 1)).nonzero()[:, 0] + 1
+    return [(int(part[0, 0]), part[:, 1]) for part in where.tensor_split(breaks.cpu())]
+
+
+def _assign(per_row: list[int], counts: list[int], copies: int, modality: str) -> list[tuple[int, int, int]]:
+    """(row, item, first token of the item) for every row; beams repeat each row `copies` times in a row."""
+    assigned: list[tuple[int, int, int]] = []
+    item = first = 0
+    for row in range(0, len(per_row), copies):
+        mine: list[tuple[int, int]] = []
+        left = per_row[row]
+        while left > 0:
+            if item >= len(counts) or counts[item] > left:
+                raise InputError(
+                    f"row {row} of input_ids has {per_row[row]} {modality} tokens, which is not a whole number of "
+                    f"{modality}s (features per {modality}: {counts}); was the prompt truncated?"
+                )
+            mine.append((item, first))
+            left -= counts[item]
+            first += counts[item]
+            item += 1
+        assigned += [(copy, *entry) for copy in range(row, row + copies) for entry in mine]
+    return assigned
+
+
+def _stack(
+    rows: list[int],
+    spans: list[Tensor],
+    grids: list[Grid | None],
+    sources: list[tuple[Encoded, int, int, int] | None],
+) -> Items:
+    places = torch.nn.utils.rnn.pad_sequence(spans, batch_first=True)
+    lengths = torch.tensor([len(span) for span in spans], device=places.device)
+    valid = torch.arange(places.shape[1], device=places.device) < lengths[:, None]
+    items = Items(rows, places, valid, torch.zeros_like(valid), tuple(grids))
+    known = [source for source in sources if source is not None]
+    if len(known) != len(sources):
+        return items
+    items.known = True
+
+    def collect(name: str) -> Tensor | None:
+        parts = [getattr(record, name) for record, *_ in known]
+        if any(part is None for part in parts):
+            return None
+        cut = [part[first : first + n] for part, (_, _, first, n) in zip(parts, known, strict=True)]
+        return torch.nn.utils.rnn.pad_sequence(cut, batch_first=True).to(places.device)
+
+    items.protected = torch.nn.utils.rnn.pad_sequence(
+        [record.layout.protected[first : first + n] for record, _, first, n in known], batch_first=True
+    ).to(places.device)
+    items.mass, items.size = collect("mass"), collect("size")
+    items.attention, items.keys = collect("attention"), collect("keys")
+    if all(record.cls is not None and len(record.cls) == len(record.layout.counts) for record, *_ in known):
+        items.cls = torch.stack([record.cls[item] for record, item, *_ in known])  # type: ignore[index]
+    if all(record.seeds is not None for record, *_ in known):
+        items.seeds = [record.seeds[item] for record, item, *_ in known]  # type: ignore[index]
+    return items
+
+
+@dataclass
+class Cut:
+    """What a group of decoder layers sees of the call.
+
+    Attributes:
+        group: 0 for the decoder's input, then 1, 2, ... for cuts between layers.
+        index: int[B, n] positions of the call that are left, ascending, short rows padded on the left.
+        valid: bool[B, n], None if no row is padded.
+        rank: int[B, L] row in the shortened sequence of each position that is left.
+        shift: int[B] by which later positions move down, None if positions are kept.
+        position_ids: renumbered ones for `index`, None if positions are kept.
+    """
+
+    group: int
+    index: Tensor
+    valid: Tensor | None
+    rank: Tensor
+    shift: Tensor | None = None
+    position_ids: Tensor | None = None
+    memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, group: int, keep: Tensor) -> Cut:
+        """From bool[B, L]."""
+        index, valid = gather.right_aligned(keep)
+        order = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        # Padding points at positions that are not left, so it never overwrites a rank that is read.
+        rank = torch.zeros_like(keep, dtype=torch.long).scatter(1, index, order)
+        return cls(group, index, valid, rank)
+
+    def valid_mask(self) -> Tensor:
+        """bool[B, n]."""
+        return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
+
+    def lengths(self) -> list[int]:
+        rows, n = self.index.shape
+        return [n] * rows if self.valid is None else [int(v) for v in self.valid.sum(-1).tolist()]
+
+
+@dataclass
+class Prefill:
+    """State of one decoder call with visual tokens.
+
+    Attributes:
+        items: where they are.
+        length: L, tokens fed in this call.
+        past: tokens the cache had seen before.
+        real: bool[B, L], False on padding.
+        mask: the mask of the uncompressed model (logical rows and columns), None where it is plainly causal.
+        embeds: float[B, L, D].
+        dropped: bool[B, L] visual tokens that are gone.
+        tokens: what is left of the items.
+        scores: per decoder layer, (attention of the last prompt token float[B, k], stored entries before, cut).
+        layer_cut: the cut that each decoder layer ran under.
+    """
+
+    items: Items
+    length: int
+    past: int
+    real: Tensor
+    mask: Tensor | None
+    embeds: Tensor
+    position_ids: Tensor
+    cut: Cut
+    tokens: VisualTokens
+    dropped: Tensor
+    base: Cut | None = None
+    input_ids: Tensor | None = None
+    cache: Any = None
+    scores: dict[int, tuple[Tensor, int, Cut]] = field(default_factory=dict)
+    layer_cut: dict[int, Cut] = field(default_factory=dict)
+    started: float = 0.0
+
+    @property
+    def last_token(self) -> Tensor:
+        """int[B]: position of each row's last real token."""
+        count = torch.arange(self.length, device=self.real.device)
+        return torch.where(self.real, count, 0).amax(-1)
+
+    def last_row(self) -> Tensor:
+        """int[B]: row of that token in the current sequence."""
+        return self.cut.rank.gather(1, self.last_token[:, None])[:, 0]
+
+    def forward_fill(self) -> Tensor:
+        """int[B, L]: for each position of the call, the row of the last token left at or before it.
+
+        The output keeps the caller's length, so that `logits[:, -1]`, `labels` and `logits_to_keep` mean what they
+        meant.
+        """
+        cut = self.cut
+        left = torch.zeros_like(self.real).scatter(1, cut.index, cut.valid_mask())
+        padding = cut.index.shape[1] - left.sum(-1, keepdim=True)
+        return (left.long().cumsum(-1) - 1 + padding).clamp(min=0)
+
+    def places(self, tokens: VisualTokens) -> Tensor:
+        """int[I, K] positions of tokens in their prompt rows."""
+        return self.items.places.gather(1, tokens.source)
+
+    def apply(self, tokens: VisualTokens) -> Tensor:
+        """Take over what a compressor left: returns bool[B, L] of the positions that are left.
+
+        Padding leaves together with the first visual token that is dropped; before that nothing moves at all, so that
+        keeping everything is the uncompressed model to the bit.
+        """
+        rows = self.items.row_index[:, None]
+        everything = torch.zeros_like(self.real)
+        all_rows = rows.expand_as(self.items.places)[self.items.valid]
+        everything[all_rows, self.items.places[self.items.valid]] = True
+        kept = torch.zeros_like(self.real)
+        places = self.places(tokens)
+        kept[rows.expand_as(places)[tokens.valid], places[tokens.valid]] = True
+        self.tokens = tokens
+        self.dropped = everything & ~kept
+        if not bool(self.dropped.any()):
+            return torch.ones_like(self.real)
+        return self.real & ~self.dropped
+
+    def hidden(self, tokens: VisualTokens, hidden: Tensor) -> Tensor:
+        """float[I, K, D]: the rows of `hidden` [B, n, D] (current sequence) that hold `tokens`."""
+        rows = self.items.row_index[:, None]
+        return hidden[rows, self.cut.rank[rows, self.places(tokens)]]
+
+    def write(self, tokens: VisualTokens, hidden: Tensor) -> Tensor:
+        """Put merged features at their tokens' places in `hidden` [B, n, D] (current sequence)."""
+        rows = self.items.row_index[:, None]
+        places = self.cut.rank[rows, self.places(tokens)]
+        changed = hidden.clone()
+        where = tokens.valid
+        changed[rows.expand_as(places)[where], places[where]] = tokens.features[where].to(hidden.dtype)
+        return changed
+
+
+class CallContext(Context):
+    """The context of sites at and inside the decoder."""
+
+    tokenwise_projector = False
+
+    def __init__(self, call: Prefill, depth: int, next_scores: Any = None) -> None:
+        self.call = call
+        self.depth = depth
+        eligible = call.items.valid & ~call.items.protected
+        self.original_counts = [int(n) for n in eligible.sum(-1).tolist()]
+        self._next_scores = next_scores
+
+    def _tower_fact(self, values: Tensor | None, tokens: VisualTokens, name: str) -> Tensor:
+        if values is None:
+            raise UnsupportedError(
+                f"{name} is not known for these visual tokens: they were encoded outside the attached model, or this "
+                "model has no tower. Pass pixels, or use a method that reads features only."
+            )
+        if values.ndim == 2:
+            return values.gather(1, tokens.source)
+        return gather.rows(values, tokens.source)
+
+    def tower_attention(self, tokens: VisualTokens) -> Tensor:
+        return self._tower_fact(self.call.items.attention, tokens, "tower_attention")
+
+    def tower_keys(self, tokens: VisualTokens) -> Tensor:
+        return self._tower_fact(self.call.items.keys, tokens, "tower_keys")
+
+    def tower_cls(self, tokens: VisualTokens) -> Tensor | None:
+        # CLS features live before the projector; here tokens are behind it.
+        return None
+
+    def content_seed(self, tokens: VisualTokens) -> list[int]:
+        items = self.call.items
+        if items.seeds is not None:
+            return items.seeds
+        # Without pixels: the row's own token ids (or embeddings, which are plain table rows), and which item it is.
+        call = self.call
+        source = call.input_ids if call.input_ids is not None else call.embeds
+        seeds, ordinal, row_before = [], 0, -1
+        for row in items.rows:
+            ordinal = ordinal + 1 if row == row_before else 0
+            row_before = row
+            seeds.append((bit_hash(source[row][call.real[row]]) + ordinal * 0x9E3779B9) & 0x7FFFFFFFFFFFFFFF)
+        return seeds
+
+    def text_attention(self, tokens: VisualTokens, layer: int) -> Tensor:
+        if layer not in self.call.scores:
+            raise UnsupportedError(f"text_attention of layer {layer} was not declared by score_layers().")
+        return self._pick(tokens, *self.call.scores[layer])
+
+    def next_attention(self, tokens: VisualTokens) -> Tensor:
+        return self._pick(tokens, self._next_scores(), None, self.call.cut)
+
+    def _pick(self, tokens: VisualTokens, row_scores: Tensor, past: int | None, cut: Cut) -> Tensor:
+        stored = row_scores.shape[1] - cut.index.shape[1] if past is None else past
+        rows = self.call.items.row_index[:, None]
+        return row_scores[rows, stored + cut.rank[rows, self.call.places(tokens)]]
+
+
+def most_mass(tokens: VisualTokens, mass: Tensor, keep: int | float) -> VisualTokens:
+    """Of the tokens with a patch that the tower left, those with the largest share of such patches, up to the budget.
+
+    Args:
+        tokens: projected tokens in original order.
+        mass: float[B, N].
+        keep: the compressor's budget.
+    """
+    eligible = tokens.eligible & (mass > 0)
+    return tokens.where(top_mask(mass, tokens.budget(keep), eligible) | tokens.protected)

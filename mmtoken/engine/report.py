@@ -1,0 +1,139 @@
+"""What one call of a compressed model measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mmtoken.engine.flops import DecoderShape, prefill_flops
+from mmtoken.tokens import VisualTokens
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class SiteReport:
+    """One call of a compressor at one site.
+
+    Attributes:
+        site: name of the site ("llm_input", ...).
+        layer: tower block or decoder layer, None where the site has none.
+        tokens_in, tokens_out: tokens per item before and after, separators not counted. (Inside a tower the items are
+            what attends to itself: tiles, or frames.)
+        kept: per item, int[K] original indices left, separators not counted.
+        seconds: wall time inside the compressor, scores that it asked for included.
+    """
+
+    site: str
+    layer: int | None
+    tokens_in: list[int]
+    tokens_out: list[int]
+    kept: list[Tensor] = field(repr=False)
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**vars(self), "kept": [indices.tolist() for indices in self.kept]}
+
+
+@dataclass
+class Report:
+    """Measurements of one prefill (or of one call of a bare tower).
+
+    Attributes:
+        compressor: class name of the compressor.
+        sites: every compressor call, in order.
+        item_rows: prompt row (sample) of each item.
+        places: per item, int[N] position in the prompt row of each of its tokens, separators included.
+        tokens_in: visual tokens per item before any compression, separators not counted.
+        prompt_lengths: tokens of each prompt row before compression, padding not counted.
+        layer_lengths: per decoder layer, the tokens of each prompt row that the layer processed.
+        kept: per item, int[K] indices into its `places` left after the last cut, separators not counted.
+        tokens: the surviving tokens after the last site.
+        kv_bytes, kv_bytes_dense: key/value cache after the prefill, and what it would be without compression.
+        scoring_seconds, vision_seconds, prefill_seconds: wall time in compressors, encoder and decoder prefill.
+        peak_memory_bytes: peak of the device's allocator during the prefill; None on a CPU.
+        kernels: which implementation of each scoring op ran.
+        notes: remarks for people ("keep=64 is above the 36 tokens of item 0: all were kept").
+    """
+
+    compressor: str
+    sites: list[SiteReport] = field(default_factory=list)
+    item_rows: list[int] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list, repr=False)
+    tokens_in: list[int] = field(default_factory=list)
+    prompt_lengths: list[int] = field(default_factory=list)
+    layer_lengths: list[list[int]] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list, repr=False)
+    tokens: VisualTokens | None = field(default=None, repr=False)
+    decoder: DecoderShape | None = field(default=None, repr=False)
+    kv_bytes: int = 0
+    kv_bytes_dense: int = 0
+    vision_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    kernels: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def calls(self) -> int:
+        """How often the compressor was called."""
+        return len(self.sites)
+
+    @property
+    def scoring_seconds(self) -> float:
+        return sum(site.seconds for site in self.sites)
+
+    @property
+    def tokens_out(self) -> list[int]:
+        """Visual tokens per item after the last cut."""
+        return [len(indices) for indices in self.kept]
+
+    @property
+    def layer_average(self) -> float:
+        """Visual tokens per item that a decoder layer processed, averaged over layers and items."""
+        if not self.layer_lengths or not self.tokens_in:
+            return 0.0
+        dropped = sum(sum(self.prompt_lengths) - sum(lengths) for lengths in self.layer_lengths)
+        return (sum(self.tokens_in) - dropped / len(self.layer_lengths)) / len(self.tokens_in)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the decoder's prefill at the lengths that its layers processed."""
+        return 0.0 if self.decoder is None else prefill_flops(self.decoder, self.layer_lengths)
+
+    @property
+    def flops_dense(self) -> float:
+        """The same without compression."""
+        if self.decoder is None:
+            return 0.0
+        return prefill_flops(self.decoder, [self.prompt_lengths] * self.decoder.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with a schema version."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "compressor": self.compressor,
+            "calls": self.calls,
+            "sites": [site.to_dict() for site in self.sites],
+            "item_rows": self.item_rows,
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "prompt_lengths": self.prompt_lengths,
+            "layer_lengths": self.layer_lengths,
+            "layer_average": self.layer_average,
+            "places": [places.tolist() for places in self.places],
+            "kept": [indices.tolist() for indices in self.kept],
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_dense": self.kv_bytes_dense,
+            "flops": self.flops,
+            "flops_dense": self.flops_dense,
+            "scoring_seconds": self.scoring_seconds,
+            "vision_seconds": self.vision_seconds,
+            "prefill_seconds": self.prefill_seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "kernels": dict(self.kernels),
+            "notes": list(self.notes),
+        }

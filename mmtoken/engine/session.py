@@ -1,0 +1,212 @@
+"""Attaching a compressor to a model, and taking every trace of it away again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mmtoken.backbones.base import Backbone
+from mmtoken.backbones.registry import adapt
+from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.registry import resolve
+from mmtoken.engine.decoder import DecoderHooks
+from mmtoken.engine.encode import Encoded, EncoderCall
+from mmtoken.engine.encoder import wrap_encoder
+from mmtoken.engine.prefill import Prefill
+from mmtoken.engine.report import Report, SiteReport
+from mmtoken.engine.vision import VisionHooks
+from mmtoken.errors import InputError, MMTokenError, UnsupportedError
+from mmtoken.tokens import VisualTokens
+
+_ATTACHED = "_mmtoken_session"
+_ATTENTIONS = ("sdpa", "eager")
+
+
+class ThreadState(threading.local):
+    """State of the calls that run in this thread; other threads may use the same model at the same time.
+
+    Attributes:
+        encoder: the `get_*_features` call in progress.
+        encoded: what encoders left behind for the forward in progress, per modality.
+        visual: bool[B, L] visual positions of the forward in progress, per modality.
+        input_ids: int[B, L] of that forward.
+        prefill: the decoder call in progress, if it holds visual tokens.
+        decode_mask, decode_positions: logical mask and position ids of the decoder call in progress, if it does not.
+        report: the report being filled.
+    """
+
+    encoder: EncoderCall | None = None
+    encoded: dict[str, Encoded] | None = None
+    visual: dict[str, Tensor] | None = None
+    input_ids: Tensor | None = None
+    prefill: Prefill | None = None
+    decode_mask: Tensor | None = None
+    decode_positions: Tensor | None = None
+    report: Report | None = None
+
+
+def check(
+    model: PreTrainedModel, compressor: Compressor | str | dict[str, Any], *, visual: Tensor | None = None
+) -> None:
+    """Do nothing if `compressor` can be attached to `model`.
+
+    Raises:
+        UnsupportedError: it cannot; the message says why.
+    """
+    _check(adapt(model), resolve(compressor), visual)
+
+
+def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> None:
+    name = type(method).__name__
+    decoder: Any = backbone.decoder
+    if backbone.tower() is None:
+        if visual is None:
+            raise UnsupportedError(
+                "visual=None but this model is a bare decoder; mark the visual positions with visual=bool[B, L]."
+            )
+        if method.sites & {"vision_layer", "project", "frames"} or {"tower_attention", "tower_keys"} & method.needs:
+            raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
+    if decoder is None:
+        if method.sites & {"llm_layer", "frames"}:
+            raise UnsupportedError(f"{name} acts inside or before a whole model, and this is a {backbone.name}.")
+        return
+    if "prepare" in method.sites and backbone.dynamic_resolution:
+        raise UnsupportedError(
+            f"{name} works before the processor on {backbone.name}, whose token count follows the image size: use "
+            "images = compressor.prepare(images) and run the model as it is."
+        )
+    if "frames" in method.sites and "video" not in backbone.modalities:
+        raise UnsupportedError(f"{name} leaves out frames of videos, and {backbone.name} reads images only.")
+    method.cut_layers(len(decoder.layers))
+    method.score_layers(len(decoder.layers))
+    implementation = decoder.config._attn_implementation
+    if implementation not in _ATTENTIONS:
+        raise UnsupportedError(
+            f"attn_implementation={implementation!r} is not supported; load the model with 'sdpa' or 'eager'."
+        )
+    if getattr(decoder.config, "use_sliding_window", False):
+        raise UnsupportedError("use_sliding_window=True: caches with sliding windows cannot be compressed.")
+
+
+class Session(AbstractContextManager["Session"]):
+    """A compressor attached to a model. Made by `attach` or `compress`.
+
+    Attributes:
+        model, compressor, visual: as handed in.
+        backbone: the model's adapter.
+        reports: one `Report` per prefill (or call of a bare tower), oldest first.
+        thread: state of running calls; the engine's own.
+        hooks: hooks on the decoder, None for a bare tower; the engine's own.
+    """
+
+    def __init__(self, model: PreTrainedModel, compressor: Compressor, visual: Tensor | None) -> None:
+        self.model = model
+        self.compressor = compressor
+        self.backbone = adapt(model)
+        if visual is not None and (visual.dtype != torch.bool or visual.ndim != 2):
+            raise InputError(f"visual is {visual.dtype} of shape {tuple(visual.shape)}; expected bool[B, L].")
+        _check(self.backbone, compressor, visual)
+        if any(_ATTACHED in module.__dict__ for module in (model, self.backbone.root)):
+            raise MMTokenError(
+                "model already has a compressor attached; detach it first, or combine methods in one compressor."
+            )
+        self.visual = visual
+        self.reports: list[Report] = []
+        self.thread = ThreadState()
+        self.hooks: DecoderHooks | None = None
+        with ExitStack() as undo:
+            self._install(undo)
+            self._undo = undo.pop_all()
+
+    def _install(self, undo: ExitStack) -> None:
+        for module in (self.model, self.backbone.root):
+            object.__setattr__(module, _ATTACHED, self)
+            undo.callback(module.__dict__.pop, _ATTACHED, None)
+        tower = self.backbone.tower()
+        if tower is not None:
+            for handle in VisionHooks(self, tower).install():
+                undo.callback(handle.remove)
+        if self.backbone.decoder is not None:
+            for modality in self.backbone.modalities:
+                wrap_encoder(self, modality, undo)
+            self.hooks = DecoderHooks(self, self.backbone.decoder)
+            self.hooks.install(undo)
+
+    @property
+    def report(self) -> Report:
+        """Measurements of the last prefill.
+
+        Raises:
+            MMTokenError: the model has not been called with visual tokens yet.
+        """
+        if not self.reports:
+            raise MMTokenError("report is empty: call the model with an image or video first.")
+        return self.reports[-1]
+
+    def detach(self) -> None:
+        """Take away every hook and attribute; safe to repeat."""
+        self._undo.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        raise UnsupportedError("A model with a compressor attached cannot be copied; detach it, copy, attach again.")
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError("A model with a compressor attached cannot be pickled; detach it first.")
+
+    def run_site(
+        self, site: str, layer: int | None, tokens: VisualTokens, method: Callable[[VisualTokens], VisualTokens]
+    ) -> VisualTokens:
+        """Call the compressor at a site and note what it did."""
+        before = tokens.counts()
+        started = time.perf_counter()
+        left = method(tokens)
+        seconds = time.perf_counter() - started
+        if self.thread.report is None:
+            self.thread.report = Report(type(self.compressor).__name__)
+        self.thread.report.sites.append(SiteReport(site, layer, before, left.counts(), left.kept(), seconds))
+        return left
+
+    def take_report(self) -> Report | None:
+        """The report being filled, handed over to whoever files it."""
+        report, self.thread.report = self.thread.report, None
+        return report
+
+
+def attach(
+    model: PreTrainedModel, compressor: Compressor | str | dict[str, Any], *, visual: Tensor | None = None
+) -> Session:
+    """Attach a compressor to a model until `.detach()`.
+
+    Args:
+        model: a transformers VLM with an adapter, or a bare decoder or tower.
+        compressor: an instance, a name ("fastv"), or {"class_path": ..., "init_args": {...}}.
+        visual: bool[B, L] marks visual positions of the prompt; needed for bare decoders only.
+
+    Returns:
+        The session; `session.report` holds the measurements of the last prefill.
+
+    Raises:
+        UnsupportedError: this backbone cannot host the compressor; the message says why.
+        MMTokenError: a compressor is attached already.
+    """
+    return Session(model, resolve(compressor), visual)
+
+
+def compress(
+    model: PreTrainedModel, compressor: Compressor | str | dict[str, Any], *, visual: Tensor | None = None
+) -> Session:
+    """`attach` for a with statement: `with compress(model, FastV(keep=64)) as session: model.generate(**inputs)`."""
+    return attach(model, compressor, visual=visual)

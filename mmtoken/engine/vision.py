@@ -1,0 +1,268 @@
+"""Hooks on the tower and around the projector."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mmtoken.backbones.base import Tower
+from mmtoken.compressors.base import Context
+from mmtoken.engine import gather
+from mmtoken.engine.encode import EncoderCall
+from mmtoken.engine.measure import note_tokens
+from mmtoken.engine.report import Report
+from mmtoken.engine.tower import DenseRun, PackedRun, TowerRun, restore_output
+from mmtoken.errors import MMTokenError, UnsupportedError
+from mmtoken.tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from mmtoken.engine.session import Session
+
+
+class TowerContext(Context):
+    """The context of sites inside the tower and around the projector."""
+
+    tokenwise_projector = True
+
+    def __init__(self, run: TowerRun, counts: list[int], seeds: list[int] | None, *, inside: bool) -> None:
+        self.run = run
+        self.depth = run.tower.feature_block + 1
+        self.original_counts = counts
+        self._seeds = seeds
+        self._inside = inside
+
+    def _of(self, values: Tensor, tokens: VisualTokens) -> Tensor:
+        extra = int(tokens.source.max()) + 1 - values.shape[1] if tokens.source.numel() else 0
+        if extra > 0:  # select strategy "full": CLS comes first among the projector's tokens
+            values = torch.cat([values.new_zeros(values.shape[0], extra, *values.shape[2:]), values], 1)
+        return values.gather(1, tokens.source) if values.ndim == 2 else gather.rows(values, tokens.source)
+
+    def tower_attention(self, tokens: VisualTokens) -> Tensor:
+        return self._of(self.run.attention(), tokens)
+
+    def tower_keys(self, tokens: VisualTokens) -> Tensor:
+        return self.run.keys_of(tokens) if self._inside else self._of(self.run.mean_keys(), tokens)
+
+    def tower_cls(self, tokens: VisualTokens) -> Tensor | None:
+        return self.run.cls
+
+    def content_seed(self, tokens: VisualTokens) -> list[int]:
+        if self._seeds is None:
+            raise UnsupportedError("content_seed was not declared in `needs`.")
+        return self._seeds
+
+    def text_attention(self, tokens: VisualTokens, layer: int) -> Tensor:
+        raise MMTokenError("text_attention exists in llm_layer only; the tower does not see the text.")
+
+    def next_attention(self, tokens: VisualTokens) -> Tensor:
+        raise MMTokenError("next_attention exists in llm_layer only; the tower does not see the text.")
+
+
+class _Thread(threading.local):
+    call: EncoderCall | None = None
+    features: Tensor | None = None
+    projecting: bool = False
+    projected: VisualTokens | None = None
+    length: int = 0
+
+
+@dataclass
+class VisionHooks:
+    """Sets the hooks that a compressor needs on one tower."""
+
+    session: Session
+    tower: Tower
+
+    def install(self) -> Iterator[RemovableHandle]:
+        """Register them; yields the handles."""
+        self._thread = _Thread()
+        tower, method = self.tower, self.session.compressor
+        inside = "vision_layer" in method.sites
+        scores = bool({"tower_attention", "tower_keys"} & method.needs)
+        yield tower.module.register_forward_pre_hook(self._tower_pre, with_kwargs=True)
+        yield tower.module.register_forward_hook(self._tower_post, always_call=True)
+        last = tower.feature_block
+        for number, block in enumerate(tower.blocks):
+            if (inside or tower.packed) and (inside or number == last):
+                yield block.register_forward_pre_hook(functools.partial(self._block_pre, number), with_kwargs=True)
+            attention = getattr(block, tower.attention)
+            if (inside and number < last) or (scores and number == last):
+                yield getattr(attention, tower.keys).register_forward_hook(self._keys)
+                if scores and tower.queries != tower.keys:
+                    yield getattr(attention, tower.queries).register_forward_hook(self._queries)
+        yield tower.blocks[last].register_forward_hook(self._feature_block)
+        for merger in tower.mergers if inside else ():
+            yield merger.register_forward_hook(self._merger)
+        projector = self.session.backbone.projector()
+        if projector is not None and "project" in method.sites:
+            yield projector.register_forward_pre_hook(self._project_pre)
+            yield projector.register_forward_hook(self._project_post)
+
+    @property
+    def _run(self) -> TowerRun | None:
+        call = self._thread.call
+        return call.runs[-1] if call is not None and call.runs else None
+
+    def _tower_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tower, state = self.tower, self._thread
+        pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states"))
+        call = self.session.thread.encoder
+        if call is None:  # a tower by itself
+            call = EncoderCall("image", {"pixel_values": pixels})
+        state.call = call
+        call.tiles = pixels.shape[0]
+        if tower.packed:
+            grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+            call.runs.append(PackedRun(tower, grids))
+            return
+        patch = module.config.patch_size
+        rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        call.runs.append(DenseRun(tower, rows * columns, (rows, columns), pixels.shape[0], pixels.device))
+
+    def _context(self, run: TowerRun, tokens: VisualTokens, *, inside: bool) -> TowerContext:
+        call = self._thread.call
+        assert call is not None
+        seeds = None
+        if "content_seed" in self.session.compressor.needs:
+            seeds = call.seeds(self.session.backbone)
+        return TowerContext(run, tokens.counts(), seeds, inside=inside)
+
+    def _block_pre(
+        self, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        run, method = self._run, self.session.compressor
+        if run is None:
+            return None
+        if len(args) > 1:
+            kwargs = {**kwargs, "attention_mask": args[1]}
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if "vision_layer" in method.sites and 0 < number <= self.tower.feature_block:
+            tokens = run.units(hidden)
+            context = self._context(run, tokens, inside=True)
+            left = self.session.run_site(
+                "vision_layer", number, tokens, lambda t: method.vision_layer(t, number, context)
+            )
+            hidden = run.shorten(hidden, left)
+        kwargs = run.block_arguments(kwargs, method.size_bias)
+        if isinstance(run, PackedRun) and number == self.tower.feature_block:
+            run.rotary = kwargs["position_embeddings"]
+        return (hidden,), kwargs
+
+    def _keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._run is not None:
+            self._run.keys = output.detach()
+
+    def _queries(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._run is not None:
+            self._run.queries = output.detach()
+
+    def _feature_block(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        run = self._run
+        if run is None:
+            return
+        hidden = output if isinstance(output, Tensor) else output[0]
+        self._thread.features = hidden
+        if self.tower.prefix:
+            run.cls = hidden[:, 0]
+
+    def _merger(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        run = self._run
+        return output if run is None else run.restore(output, per_unit=True)
+
+    def _tower_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        run, state = self._run, self._thread
+        features, state.features = state.features, None
+        if run is None or output is None:  # None: the tower raised
+            state.call = None
+            return None
+        try:
+            if self.session.backbone.decoder is None:
+                self._report_bare_tower(run, features, output)
+            elif "project" not in self.session.compressor.sites:
+                state.call = None
+            return restore_output(run, output) if run.tokens is not None else None
+        finally:
+            if self.session.backbone.decoder is None:
+                state.call = None
+
+    # --- a tower by itself -------------------------------------------------------------------------------------------
+
+    def _report_bare_tower(self, run: TowerRun, features: Tensor | None, output: Any) -> None:
+        method = self.session.compressor
+        assert features is not None
+        if run.tokens is not None:
+            last = output if isinstance(output, Tensor) else output[0]
+            tokens = run.units(last)
+            total = len(run.members) if isinstance(run, DenseRun) else len(tokens)
+            counts = [total] * len(tokens)
+        else:
+            tokens = run.units(features)
+            counts = tokens.counts()
+            context = self._context(run, tokens, inside=False)
+            if "project" in method.sites:
+                tokens = self.session.run_site(
+                    "project", None, tokens, lambda t: method.project(t, lambda same: same, context)
+                )
+            if "llm_input" in method.sites:
+                tokens = self.session.run_site("llm_input", None, tokens, lambda t: method.llm_input(t, context))
+        report = self.session.take_report() or Report(type(method).__name__)
+        report.item_rows = list(range(len(tokens)))
+        report.tokens_in = counts
+        note_tokens(report, tokens)
+        self.session.reports.append(report)
+
+    # --- around a token-wise projector ---------------------------------------------------------------------------------
+
+    def _project_pre(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        state, run = self._thread, self._run
+        if state.projecting or run is None:
+            return None
+        features = args[0]
+        assert isinstance(run, DenseRun)  # packed towers have no token-wise projector
+        tokens = VisualTokens.from_features(features, grid=(run.grid,) * len(features))
+        extra = features.shape[1] - run.patches
+        if extra:
+            tokens.protected[:, :extra] = True
+
+        def default(some: VisualTokens) -> VisualTokens:
+            state.projecting = True
+            try:
+                return some.replace(features=projector(some.features))
+            finally:
+                state.projecting = False
+
+        context = self._context(run, tokens, inside=False)
+        method = self.session.compressor
+        left = self.session.run_site("project", None, tokens, lambda t: method.project(t, default, context))
+        state.projected, state.length = left, features.shape[1]
+        call = state.call
+        assert call is not None
+        shape = (features.shape[0], features.shape[1])
+        mass, size = features.new_zeros(shape), features.new_ones(shape)
+        values = left.valid.to(mass.dtype)
+        call.projected_mass = mass.scatter_reduce(1, left.source, values, "amax")[:, extra:]
+        call.projected_size = size.scatter(1, left.source, left.size.to(size.dtype))[:, extra:]
+        # The module's own forward cannot be skipped: let it run on one token, its output is replaced.
+        return (features[:, :1], *args[1:])
+
+    def _project_post(self, projector: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        state = self._thread
+        if state.projecting or state.projected is None:
+            return None
+        left, state.projected, state.call = state.projected, None, None
+        slot = torch.full((len(left), state.length), -1, device=output.device)
+        order = torch.arange(left.source.shape[1], device=output.device).expand_as(left.source)
+        where = left.source.masked_fill(~left.valid, 0)
+        # Padding writes to slot 0 only where nothing else does.
+        slot = slot.scatter_reduce(1, where, order.masked_fill(~left.valid, -1), "amax")
+        place = torch.arange(state.length, device=output.device).expand_as(slot)
+        place = torch.where(slot >= 0, place, 0).cummax(-1).values
+        filled = slot.gather(1, place).clamp(min=0)
+        return gather.rows(left.features, filled)
