@@ -41,8 +41,8 @@ class Photograph:
 
 
 PHOTOGRAPHS = (
-    Photograph("china.jpg", "scikit-learn", "train", "CC BY 2.0", "danielbuechele, flickr.com/photos/danielbuechele/6061409035"),
-    Photograph("flower.jpg", "scikit-learn", "train", "CC BY 2.0", "vultilion, flickr.com/photos/vultilion/6056698931"),
+    Photograph("china.jpg", "scikit-learn", "train", "CC BY 2.0", "danielbuechele, flickr.com, photo 6061409035"),
+    Photograph("flower.jpg", "scikit-learn", "train", "CC BY 2.0", "vultilion, flickr.com, photo 6056698931"),
     Photograph("coffee", "scikit-image", "train", "CC0", "Rachel Michetti, courtesy of Pikolo Espresso Bar"),
     Photograph("rocket", "scikit-image", "train", "public domain", "SpaceX, DSCOVR launch"),
     Photograph("hubble_deep_field", "scikit-image", "train", "public domain", "NASA, Hubble"),
@@ -143,7 +143,7 @@ def _missing(package: str) -> MissingExtraError:
 def digits(split: Split) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Scans float32[n, 8, 8] in 0..1 and labels int64[n] of a split."""
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ImportError as error:
         raise _missing("scikit-learn") from error
     bunch = load_digits()

@@ -232,7 +232,8 @@ def draw_scene(rng: np.random.Generator, min_objects: int, max_objects: int) -> 
     """A scene without questions."""
     axis = np.linspace(-1, 1, IMAGE_SIZE, dtype=np.float32)
     slope_x, slope_y = rng.uniform(-25, 25, 2).astype(np.float32)
-    image = rng.uniform(50, 110, 3).astype(np.float32) + (axis * slope_x)[None, :, None] + (axis * slope_y)[:, None, None]
+    image = rng.uniform(50, 110, 3).astype(np.float32) + (axis * slope_x)[None, :, None]
+    image = image + (axis * slope_y)[:, None, None]
     image = image + rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.float32) * 6
 
     # The number takes two neighbouring cells.

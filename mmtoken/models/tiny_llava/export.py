@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -40,13 +41,14 @@ def export(
         state = {k.removeprefix(_PREFIX): v for k, v in saved["state_dict"].items() if k.startswith(_PREFIX)}
         network = build_network(config)
         network.load_state_dict(state)
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"checkpoint={str(source)!r} is not a TinyLlava checkpoint of this size ({reason}); "
             "give the last.ckpt of an `mmtoken fit` run and the `config` it was trained with."
         ) from error
-    network.to(dtype)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
     network.generation_config = GenerationConfig(
         bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
     )

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -45,6 +46,25 @@ class TensorBatch:
             pack(batch.photos) if batch.photos else None,
             len(batch.scenes),
         )
+
+    def to(self, device: torch.device) -> TensorBatch:
+        return TensorBatch(
+            self.pixels.to(device),
+            self.pairs.to(device),
+            self.patches.to(device),
+            self.scenes.to(device) if self.scenes else None,
+            self.photos.to(device) if self.photos else None,
+            self.scene_count,
+        )
+
+    @property
+    def groups(self) -> list[tuple[str, slice, Packed]]:
+        """Name, rows and questions of scenes and of photographs, as far as there are any."""
+        both = (
+            ("scenes", slice(None, self.scene_count), self.scenes),
+            ("photos", slice(self.scene_count, None), self.photos),
+        )
+        return [(name, rows, packed) for name, rows, packed in both if packed is not None]
 
 
 class TinyLlava(L.LightningModule):
@@ -116,14 +136,10 @@ class TinyLlava(L.LightningModule):
         hidden = self.network.model.vision_tower(batch.pixels).last_hidden_state
         pairs, patches = self.heads(hidden)
         terms: dict[str, Tensor] = {}
-        groups = (
-            ("scenes", batch.scenes, slice(None, batch.scene_count), 1.0),
-            ("photos", batch.photos, slice(batch.scene_count, None), self.photo_weight),
-        )
-        for name, packed, rows, weight in groups:
-            if packed is not None:
-                target = packed.labels[packed.labels >= 0]
-                terms[name] = weight * F.cross_entropy(self.answer_logits(hidden[rows, 1:], packed), target)
+        for name, rows, packed in batch.groups:
+            weight = self.photo_weight if name == "photos" else 1.0
+            target = packed.labels[packed.labels >= 0]
+            terms[name] = weight * F.cross_entropy(self.answer_logits(hidden[rows, 1:], packed), target)
         pair_loss = F.binary_cross_entropy_with_logits(pairs.float(), batch.pairs, reduction="none")
         terms["pairs"] = self.pair_weight * pair_loss.sum(dim=1).mean()
         if self.dense_patch_loss:
@@ -139,23 +155,20 @@ class TinyLlava(L.LightningModule):
         """bool[B, Q]: whether greedy decoding would give the whole answer (teacher-forced, which is the same)."""
         hidden = self.network.model.vision_tower(batch.pixels).last_hidden_state[:, 1:]
         found = []
-        for packed, rows in ((batch.scenes, slice(None, batch.scene_count)), (batch.photos, slice(batch.scene_count, None))):
-            if packed is not None:
-                labelled = packed.labels >= 0
-                wrong = self.answer_logits(hidden[rows], packed).argmax(dim=-1) != packed.labels[labelled]
-                errors = torch.zeros(packed.types.shape, dtype=torch.long, device=wrong.device)
-                row = torch.nonzero(labelled)[:, 0]
-                errors.index_put_((row, packed.question[labelled]), wrong.long(), accumulate=True)
-                found.append(errors == 0)
+        for _, rows, packed in batch.groups:
+            labelled = packed.labels >= 0
+            wrong = self.answer_logits(hidden[rows], packed).argmax(dim=-1) != packed.labels[labelled]
+            errors = torch.zeros(packed.types.shape, dtype=torch.long, device=wrong.device)
+            row = torch.nonzero(labelled)[:, 0]
+            errors.index_put_((row, packed.question[labelled]), wrong.long(), accumulate=True)
+            found.append(errors == 0)
         questions = max(f.shape[1] for f in found)
         return torch.cat([F.pad(f, (0, questions - f.shape[1])) for f in found])
 
     # Lightning hooks
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> TensorBatch:
-        tensors = TensorBatch.of(batch)
-        moved = super().transfer_batch_to_device(vars(tensors), device, dataloader_idx) if device.type != "cpu" else None
-        return tensors if moved is None else TensorBatch(**moved)
+        return TensorBatch.of(batch).to(device)
 
     def training_step(self, batch: TensorBatch, batch_idx: int) -> Tensor:
         terms = self.losses(batch)
@@ -173,14 +186,13 @@ class TinyLlava(L.LightningModule):
         # Not worth compiling once more for: evaluation mode and other batch sizes are other graphs.
         with torch.compiler.set_stance("force_eager"):
             correct = self.correct(batch).cpu()
-        for packed, rows in ((batch.scenes, correct[: batch.scene_count]), (batch.photos, correct[batch.scene_count :])):
-            if packed is not None:
-                types = packed.types.cpu()
-                types = torch.where(types >= 0, len(QUESTION_TYPES), -1) if packed is batch.photos else types
-                asked = types >= 0
-                good = rows[:, : types.shape[1]][asked].float()
-                self._asked.index_add_(0, types[asked], torch.ones_like(good))
-                self._right.index_add_(0, types[asked], good)
+        for name, rows, packed in batch.groups:
+            types = packed.types.cpu()
+            asked = types >= 0
+            kinds = torch.full_like(types, len(QUESTION_TYPES))[asked] if name == "photos" else types[asked]
+            good = correct[rows, : types.shape[1]][asked].float()
+            self._asked.index_add_(0, kinds, torch.ones_like(good))
+            self._right.index_add_(0, kinds, good)
 
     def on_validation_epoch_end(self) -> None:
         for name, right, asked in zip((*QUESTION_TYPES, PHOTO_NUMBER), self._right, self._asked, strict=True):
@@ -189,7 +201,7 @@ class TinyLlava(L.LightningModule):
         scenes = slice(0, len(QUESTION_TYPES))
         self.log("val/accuracy", self._right[scenes].sum() / self._asked[scenes].sum().clamp(min=1))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
@@ -233,5 +245,3 @@ class TinyLlava(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.cpu_seconds = float(checkpoint["cpu_seconds"])
-
-

@@ -43,6 +43,9 @@ class Packed:
     mask: Tensor
     types: Tensor
 
+    def to(self, device: torch.device) -> Packed:
+        return Packed(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
 
 @cache
 def encode(question: str, answer: str) -> tuple[tuple[int, ...], int]:
@@ -87,7 +90,14 @@ def pack(samples: Sequence[Sample]) -> Packed:
     mask = torch.zeros(seen.shape).masked_fill_(torch.from_numpy(~seen), BLOCKED)[:, None]
     prefix = np.broadcast_to(np.arange(PREFIX), (len(rows), PREFIX))
     positions = np.concatenate([prefix, PREFIX + offset], axis=1)
-    return Packed(*map(torch.from_numpy, (text, labels, question, positions)), mask, torch.from_numpy(types))
+    return Packed(
+        text=torch.from_numpy(text),
+        labels=torch.from_numpy(labels),
+        question=torch.from_numpy(question),
+        positions=torch.from_numpy(positions),
+        mask=mask,
+        types=torch.from_numpy(types),
+    )
 
 
 def pixels(samples: Sequence[Sample]) -> Tensor:
@@ -128,4 +138,6 @@ _EDGES: NDArray[np.int64] = np.arange(_SIDE) * PATCH_SIZE
 
 def _overlap(low: int, high: int) -> NDArray[np.float64]:
     """Fraction of each patch, along one axis, that lies in low..high."""
-    return np.clip(np.minimum(high, _EDGES + PATCH_SIZE) - np.maximum(low, _EDGES), 0, None) / PATCH_SIZE
+    inside: NDArray[np.int64] = np.minimum(high, _EDGES + PATCH_SIZE) - np.maximum(low, _EDGES)
+    share: NDArray[np.float64] = np.maximum(inside, 0) / PATCH_SIZE
+    return share

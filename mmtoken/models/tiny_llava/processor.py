@@ -18,8 +18,9 @@ PAD_ID, BOS_ID, EOS_ID, IMAGE_ID, ASSISTANT_ID, UNK_ID = range(len(SPECIAL))
 VOCABULARY = (
     *SPECIAL,
     *("?", ".", ","),
-    *"what color shape is the a an there how many object objects are of left right above below beside".split(),
-    *"read number yes no and in image picture which".split(),
+    *("what", "color", "shape", "is", "the", "a", "an", "there", "how", "many", "object", "objects", "are", "of"),
+    *("left", "right", "above", "below", "beside", "read", "number", "yes", "no", "and", "in", "image", "picture"),
+    "which",
     *SUPERLATIVES,
     *COLORS,
     *SHAPES,
