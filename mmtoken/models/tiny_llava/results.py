@@ -25,9 +25,7 @@ SCHEMA_VERSION = 1
 
 
 @torch.inference_mode()
-def answers(
-    model: LlavaForConditionalGeneration, processor: Any, asked: Iterable[tuple[Sample, str]], batch_size: int = 64
-) -> list[str]:
+def answers(model: Any, processor: Any, asked: Iterable[tuple[Sample, str]], batch_size: int = 64) -> list[str]:
     """Greedy answers to `(sample, question)` pairs, in their order, by `processor.apply_chat_template` and `generate`.
 
     Model and processor are transformers' own; nothing here knows that the model is a small one.
@@ -125,7 +123,7 @@ def plot_curves(runs: dict[str, Sequence[str | Path]], picture: str | Path) -> N
     for panel, (name, metrics) in zip(panels, runs.items(), strict=True):
         checks = [row for row in _rows(metrics) if row.get("val/accuracy")]
         for i, kind in enumerate((*QUESTION_TYPES, PHOTO_NUMBER)):
-            values = [float(row[f"val/{kind}"]) for row in checks]
+            values = [float(row.get(f"val/{kind}", "nan")) for row in checks]
             label = "number on photographs" if kind == PHOTO_NUMBER else kind
             panel.plot([row["cpu"] for row in checks], values, label=label, color=f"C{i}", linewidth=1.6)
         panel.set(title=name, xlabel="CPU minutes (one thread)", ylim=(0, 1.02))
