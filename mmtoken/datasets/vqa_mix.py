@@ -7,13 +7,15 @@ resumed at step k sees exactly the batches the uninterrupted run would have seen
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mmtoken.datasets.photo_digits import PhotoDigits
 from mmtoken.datasets.shapes_qa import QUESTION_TYPES, Sample, ShapesQA
+from mmtoken.errors import InputError
 
 # Far more than any run draws: the streams are open-ended, but samples are addressed by index.
 _ENDLESS = 2**40
@@ -35,10 +37,27 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class TrainBatches(IterableDataset[Batch]):
-    """Batches from step `start` on, without end."""
+class Stage:
+    """What training scenes look like from step `start` on.
 
-    scenes: ShapesQA
+    Attributes:
+        start: first step of the stage; the first stage starts at 0.
+        min_objects: fewest shapes in a scene; easy scenes help skills to start.
+        max_objects: most shapes in a scene.
+        mix: relative frequency of the question types; those left out are not asked.
+    """
+
+    start: int = 0
+    min_objects: int = 1
+    max_objects: int = 6
+    mix: dict[str, float] = field(default_factory=lambda: dict.fromkeys(QUESTION_TYPES, 1.0))
+
+
+@dataclass(frozen=True)
+class TrainBatches(IterableDataset[Batch]):
+    """Batches from step `start` on, without end. `scenes` holds the first step and the scenes of every stage."""
+
+    scenes: tuple[tuple[int, ShapesQA], ...]
     photos: PhotoDigits
     scene_batch: int
     photo_batch: int
@@ -47,7 +66,8 @@ class TrainBatches(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         step = self.start
         while True:
-            yield Batch(_slice(self.scenes, step, self.scene_batch), _slice(self.photos, step, self.photo_batch))
+            scenes = [source for first, source in self.scenes if first <= step][-1]
+            yield Batch(_slice(scenes, step, self.scene_batch), _slice(self.photos, step, self.photo_batch))
             step += 1
 
 
@@ -82,10 +102,8 @@ class VQAMix(L.LightningDataModule):
         scene_batch: scenes per step.
         photo_batch: photographs with digits per step.
         questions: questions per scene.
-        min_objects: fewest shapes in a training scene; easy scenes help skills to start.
-        max_objects: most shapes in a training scene.
-        mix: relative frequency of the question types in training; validation asks all equally often.
-        validation_scenes: held-out scenes (3 to 6 shapes, 8 questions each).
+        stages: what training scenes and questions are like, and from which step on.
+        validation_scenes: held-out scenes (3 to 6 shapes, 8 questions each, all types equally often).
         validation_photos: held-out photographs with digits.
     """
 
@@ -95,17 +113,20 @@ class VQAMix(L.LightningDataModule):
         scene_batch: int = 16,
         photo_batch: int = 8,
         questions: int = 8,
-        min_objects: int = 1,
-        max_objects: int = 6,
-        mix: dict[str, float] | None = None,
+        stages: list[Stage] | None = None,
         validation_scenes: int = 160,
         validation_photos: int = 192,
     ) -> None:
         super().__init__()
         self.scene_batch, self.photo_batch = scene_batch, photo_batch
-        weights = dict.fromkeys(QUESTION_TYPES, 1.0) if mix is None else mix
+        plan = stages or [Stage()]
+        starts = [stage.start for stage in plan]
+        if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+            raise InputError(f"stages: they start at {starts}; the first has to start at 0, each later one after it.")
         train, validation = split_seed(seed, "train"), split_seed(seed, "validation")
-        self.train_scenes = ShapesQA(train, _ENDLESS, questions, min_objects, max_objects, weights)
+        self.train_scenes = tuple(
+            (s.start, ShapesQA(train, _ENDLESS, questions, s.min_objects, s.max_objects, s.mix)) for s in plan
+        )
         self.train_photos = PhotoDigits(train, _ENDLESS, "train")
         self.validation_scenes = ShapesQA(validation, validation_scenes)
         self.validation_photos = PhotoDigits(validation, validation_photos, "test")

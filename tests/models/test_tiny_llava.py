@@ -14,8 +14,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from mmtoken.cli.fit import main
 from mmtoken.datasets.photo_digits import PhotoDigits
 from mmtoken.datasets.shapes_qa import COLORS, QUESTION_TYPES, SHAPES, Sample, ShapesQA
-from mmtoken.datasets.vqa_mix import Batch, TrainBatches, VQAMix, split_seed
-from mmtoken.errors import CheckpointError
+from mmtoken.datasets.vqa_mix import Batch, Stage, TrainBatches, VQAMix, split_seed
+from mmtoken.errors import CheckpointError, MMTokenError
 from mmtoken.models.tiny_llava import NetworkConfig, TinyLlava, build_network, build_processor, export
 from mmtoken.models.tiny_llava.objective import TensorBatch
 from mmtoken.models.tiny_llava.packing import encode, pack, patch_labels, pixels
@@ -189,13 +189,23 @@ def test_left_padded_batches_generate_what_single_prompts_do(scenes: list[Sample
 
 
 def test_batches_are_a_function_of_the_step() -> None:
-    source = ShapesQA(seed=1, size=1000), PhotoDigits(seed=1, size=1000, split="train")
+    stages = (0, ShapesQA(seed=1, size=1000)), (4, ShapesQA(seed=1, size=1000, mix={"number": 1.0}))
+    source = stages, PhotoDigits(seed=1, size=1000, split="train")
     straight = iter(TrainBatches(*source, scene_batch=2, photo_batch=1))
     for _ in range(3):
         next(straight)
     later, resumed = next(straight), next(iter(TrainBatches(*source, scene_batch=2, photo_batch=1, start=3)))
     for a, b in zip(later.scenes + later.photos, resumed.scenes + resumed.photos, strict=True):
         assert np.array_equal(a.image, b.image) and a.questions == b.questions
+    second = next(straight)
+    assert {q.type for s in later.scenes for q in s.questions} != {"number"}
+    assert {q.type for s in second.scenes for q in s.questions} == {"number"}
+
+
+@pytest.mark.parametrize("starts", [[1], [0, 5, 5], [0, 7, 3]])
+def test_stages_out_of_order_are_refused(starts: list[int]) -> None:
+    with pytest.raises(MMTokenError, match="stages"):
+        VQAMix(stages=[Stage(start=s) for s in starts])
 
 
 def test_splits_and_seeds_share_no_generator() -> None:
