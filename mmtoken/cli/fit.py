@@ -43,5 +43,6 @@ def main(argv: list[str], subcommand: str = "fit") -> None:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "mmtoken"},
         args=[subcommand, *argv],
     )

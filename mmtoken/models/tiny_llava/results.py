@@ -15,7 +15,7 @@ import transformers
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from mmtoken.datasets.photo_digits import PhotoDigits
+from mmtoken.datasets.photo_digits import PHOTOGRAPHS, PhotoDigits
 from mmtoken.datasets.shapes_qa import QUESTION_TYPES, Sample, ShapesQA
 from mmtoken.datasets.vqa_mix import split_seed
 from mmtoken.errors import MMTokenError
@@ -131,6 +131,32 @@ def plot_curves(runs: dict[str, Sequence[str | Path]], picture: str | Path) -> N
     panels[0].set_ylabel("validation accuracy")
     panels[-1].legend(fontsize=8, loc="lower right")
     figure.savefig(picture, dpi=110)
+
+
+def result_table(results: dict[str, Any]) -> str:
+    """The accuracy table of the card, in Markdown, from the content of `results.json`."""
+    models: dict[str, Any] = results["models"]
+    first = next(iter(models.values()))
+    lines = [
+        "| question type | n | majority | " + " | ".join(models) + " |",
+        "|---|---|---|" + "---|" * len(models),
+    ]
+    for kind, row in first["accuracy"].items():
+        label = "number on photographs" if kind == PHOTO_NUMBER else kind
+        found = " | ".join(f"{m['accuracy'][kind]['accuracy']:.3f}" for m in models.values())
+        lines.append(f"| {label} | {row['n']} | {row['majority_baseline']:.3f} | {found} |")
+    found = " | ".join(f"{m['scenes_overall']['accuracy']:.3f}" for m in models.values())
+    lines.append(f"| all scene questions | {first['scenes_overall']['n']} | | {found} |")
+    steps = " | ".join(f"{m['training']['steps']} / {m['training']['cpu_minutes']:.0f}" for m in models.values())
+    lines.append(f"| training steps / CPU minutes | | | {steps} |")
+    return "\n".join(lines)
+
+
+def photograph_table() -> str:
+    """The photographs behind PhotoDigits with their terms, in Markdown."""
+    lines = ["| photograph | from | used for | licence | source |", "|---|---|---|---|---|"]
+    lines += [f"| {p.name} | {p.package} | {p.split} | {p.license} | {p.source} |" for p in PHOTOGRAPHS]
+    return "\n".join(lines)
 
 
 def write(results: dict[str, Any], path: str | Path) -> None:
