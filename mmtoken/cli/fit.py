@@ -1,0 +1,48 @@
+"""`mmtoken fit` and `mmtoken validate`: train a zoo model from a recipe, or check a checkpoint of it.
+
+A recipe is one YAML file with the sections `trainer`, `model` and `data` (see `models/*/recipe.yaml`); every value can
+be overridden on the command line. `--ckpt_path last` goes on from where an interrupted run stopped; the data of a step
+depend on nothing but the seed and the step, so the result is that of the uninterrupted run.
+
+A YAML names classes to import: treat a recipe like code, and run only those you trust.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI with fit and validate only."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Arguments of each sub-command that the recipe fills in itself."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+        }
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse `args`; that they were passed on by `mmtoken` and not read from the command line is no mistake."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+            super().parse_arguments(parser, args)
+
+
+def main(argv: list[str], subcommand: str = "fit") -> None:
+    """Run `mmtoken fit ...` or `mmtoken validate ...` with the arguments after the sub-command."""
+    RecipeCLI(
+        model_class=L.LightningModule,
+        datamodule_class=L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "mmtoken"},
+        args=[subcommand, *argv],
+    )

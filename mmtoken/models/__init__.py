@@ -1,0 +1,1 @@
+"""Networks of the zoo and their objectives, one folder per model."""
