@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -196,7 +195,7 @@ class DecoderHooks:
         call.cut = call.base = Cut.of(0, keep)
         if self.tapped:
             attention.listen(functools.partial(self._note_scores, call))
-        call.started = time.perf_counter()
+        call.started = self.session.clock()
         return {**kwargs, "past_key_values": cache, **self._shortened(kwargs, call, embeds, keep)}
 
     def _logical_cache(self, kwargs: dict[str, Any]) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ def wrap_encoder(session: Session, modality: Modality, undo: ExitStack) -> None:
         bound = signature.bind(*args, **kwargs).arguments
         given = {**bound, **bound.get("kwargs", {})}
         given.pop("kwargs", None)
-        started = time.perf_counter()
+        started = session.clock()
         arguments, picks = _pick_frames(session, modality, given)
         call = state.encoder = EncoderCall(modality, arguments)
         try:
@@ -51,7 +50,7 @@ def wrap_encoder(session: Session, modality: Modality, undo: ExitStack) -> None:
         if picks is not None:
             tiles = sum(len(clip) for clip in backbone.clips(given))
             record = fill_frames(output, record, backbone.layout(modality, given, tiles), picks)
-        record.seconds = time.perf_counter() - started
+        record.seconds = session.clock() - started
         if hasattr(output, "pooler_output"):
             setattr(output, _RECORD, record)
         if state.encoded is not None:
@@ -71,11 +70,11 @@ def _pick_frames(
         return given, None
     clips = backbone.clips(given)
     seeds = EncoderCall(modality, given).seeds(backbone) if "content_seed" in method.needs else None
-    started = time.perf_counter()
+    started = session.clock()
     picks = choose_frames(method, clips, seeds)
     report = session.thread.report = Report(type(method).__name__)
     before, after = [len(clip) for clip in clips], [len(pick) for pick in picks]
-    report.sites.append(SiteReport("frames", None, before, after, picks, time.perf_counter() - started))
+    report.sites.append(SiteReport("frames", None, before, after, picks, session.clock() - started))
     return backbone.with_frames(given, picks), picks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +47,7 @@ def finish_report(session: Session, call: Prefill, cuts: list[Cut]) -> None:
     """
     report = session.take_report()
     assert report is not None
-    report.prefill_seconds = time.perf_counter() - call.started
+    report.prefill_seconds = session.clock() - call.started
     lengths: dict[int, list[int]] = {}
     for cut in cuts:
         if cut.group not in lengths:

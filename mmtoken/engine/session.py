@@ -105,6 +105,7 @@ class Session(AbstractContextManager["Session"]):
         reports: one `Report` per prefill (or call of a bare tower), oldest first.
         thread: state of running calls; the engine's own.
         hooks: hooks on the decoder, None for a bare tower; the engine's own.
+        clock: seconds, what reports measure time with; wall time unless a benchmark sets another one.
     """
 
     def __init__(self, model: PreTrainedModel, compressor: Compressor, visual: Tensor | None) -> None:
@@ -120,6 +121,7 @@ class Session(AbstractContextManager["Session"]):
             )
         self.visual = visual
         self.reports: list[Report] = []
+        self.clock: Callable[[], float] = time.perf_counter
         self.thread = ThreadState()
         self.hooks: DecoderHooks | None = None
         with ExitStack() as undo:
@@ -171,9 +173,9 @@ class Session(AbstractContextManager["Session"]):
     ) -> VisualTokens:
         """Call the compressor at a site and note what it did."""
         before = tokens.counts()
-        started = time.perf_counter()
+        started = self.clock()
         left = method(tokens)
-        seconds = time.perf_counter() - started
+        seconds = self.clock() - started
         if self.thread.report is None:
             self.thread.report = Report(type(self.compressor).__name__)
         self.thread.report.sites.append(SiteReport(site, layer, before, left.counts(), left.kept(), seconds))

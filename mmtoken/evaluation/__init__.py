@@ -1,0 +1,1 @@
+"""Benchmarks, metrics, pictures and reports."""

@@ -1,0 +1,29 @@
+"""Numbers that stand beside an accuracy: intervals and baselines."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+
+def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a proportion (Wilson, 1927, JASA 22): 95 % for the default `z`.
+
+    Unlike the normal approximation it stays inside [0, 1] and has a width at 0 and at `total` correct answers.
+
+    Returns:
+        (low, high); (0, 1) when nothing was asked.
+    """
+    if total == 0:
+        return 0.0, 1.0
+    share = correct / total
+    scale = 1 + z * z / total
+    middle = (share + z * z / (2 * total)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def majority(answers: Sequence[str]) -> float:
+    """Accuracy of always giving the most frequent of `answers`; 0 when there are none."""
+    return max(Counter(answers).values()) / len(answers) if answers else 0.0
