@@ -139,6 +139,19 @@ class VisualTokens:
         """Tokens to keep per item under `keep`, by `kept_count`."""
         return [kept_count(keep, total, steps) for total, steps in zip(self.counts(), self.steps, strict=True)]
 
+    def row(self, number: int) -> VisualTokens:
+        """Item `number` by itself, a batch of one."""
+        one = slice(number, number + 1)
+        return VisualTokens(
+            features=self.features[one],
+            source=self.source[one],
+            size=self.size[one],
+            valid=self.valid[one],
+            protected=self.protected[one],
+            item=self.item[one],
+            grid=self.grid[one],
+        )
+
     def take(self, index: Tensor, valid: Tensor | None = None) -> VisualTokens:
         """The tokens at `index` int[B, K]; `valid` bool[B, K] marks which of them are real (default: theirs)."""
         if index.ndim != 2 or index.shape[0] != self.features.shape[0]:

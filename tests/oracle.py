@@ -21,6 +21,9 @@ from transformers.configuration_utils import PreTrainedConfig
 
 Inputs = Mapping[str, Any]
 
+CACHE = "cache" if "cache" in inspect.signature(masking_utils.create_causal_mask).parameters else "past_key_values"
+"""What this version of transformers calls the cache."""
+
 
 # ------------------------------------------------------------------------------------------------- the masked model
 
@@ -72,7 +75,7 @@ def _hide(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     hidden = args[0]
     rows, q = hidden.shape[:2]
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
     past, width = 0, q
     if cache is not None:
         past = int(cache.get_seq_length(index))
@@ -135,7 +138,7 @@ def generate_with_logits(model: nn.Module, inputs: Inputs, *, seed: int = 0, **k
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         out = model.generate(**clone(inputs), **options, output_logits=True, return_dict_in_generate=True)
-    return Generated(out.sequences, torch.stack(out.logits, 1), out.past_key_values)
+    return Generated(out.sequences, torch.stack(out.logits, 1), out.get(CACHE))
 
 
 @torch.no_grad()
@@ -155,9 +158,11 @@ def manual_loop(model: nn.Module, inputs: Inputs, steps: int = 6) -> Generated:
         tokens.append(logits[-1].argmax(-1, keepdim=True))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
         extra = {} if needs_no_mask else {"attention_mask": mask}
-        out = model(input_ids=tokens[-1], past_key_values=out.past_key_values, use_cache=True, **extra)
+        out = model(input_ids=tokens[-1], use_cache=True, **{CACHE: out[CACHE]}, **extra)
         logits.append(out.logits[:, -1])
-    return Generated(torch.cat([inputs["input_ids"], *tokens], 1), torch.stack(logits, 1), out.past_key_values)
+    return Generated(
+        torch.cat([inputs["input_ids"], *tokens], 1), torch.stack(logits, 1), out.get(CACHE)
+    )
 
 
 def second_turn(
@@ -172,7 +177,7 @@ def second_turn(
     again = {"input_ids": ids, "attention_mask": nn.functional.pad(mask, (0, grown), value=1)}
     if "mm_token_type_ids" in inputs:
         again["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, grown))
-    return generate_with_logits(model, again, past_key_values=first.cache, **kwargs)
+    return generate_with_logits(model, again, **{CACHE: first.cache}, **kwargs)
 
 
 def max_error(a: Tensor, b: Tensor) -> float:

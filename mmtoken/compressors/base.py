@@ -41,10 +41,10 @@ class Context(ABC):
 
     @abstractmethod
     def tower_attention(self, tokens: VisualTokens) -> Tensor:
-        """float[B, N]: attention that each token receives from CLS, summed over heads, in the tower block whose output is projected.
+        """float[B, N]: attention that each token receives from CLS in the tower block whose output is projected.
 
-        Towers without a CLS token: the mean over all patches as queries (VisionZip, section 3.1). Averaged over the
-        patches of a token where the projector merges several.
+        Summed over heads. Towers without a CLS token: the mean over all patches as queries (VisionZip, section 3.1).
+        Averaged over the patches of a token where the projector merges several.
         """
 
     @abstractmethod

@@ -1,5 +1,108 @@
-"""placeholder until the registry lands"""
+"""Compressors by name: for the command line, YAML, hub JSON and lists."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.controls import Downscale, Random, UniformGrid
+from mmtoken.compressors.divprune import DivPrune
+from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.tome import ToMe
+from mmtoken.compressors.visionzip import VisionZip
+from mmtoken.errors import MMTokenError, UnknownNameError, near_names
+
+COMPRESSORS: tuple[type[Compressor], ...] = (
+    FastV,
+    PyramidDrop,
+    VisionZip,
+    DivPrune,
+    ToMe,
+    Random,
+    UniformGrid,
+    Downscale,
+)
 
 
-def resolve(spec):
-    return spec
+def names() -> dict[str, type[Compressor]]:
+    """Classes by the name that people type: the class name in lower case."""
+    return {cls.__name__.lower(): cls for cls in COMPRESSORS}
+
+
+def resolve(spec: Compressor | str | dict[str, Any], **settings: Any) -> Compressor:
+    """A compressor from whatever names one.
+
+    Args:
+        spec: an instance; a name ("fastv", "uniform-grid"); a dotted class path; or
+            {"class_path": ..., "init_args": {...}} as in YAML and hub JSON. A class outside mmtoken is found only if
+            its module has been imported already: a name in a file never imports code.
+        **settings: settings that go on top.
+
+    Raises:
+        UnknownNameError: no compressor has this name; the message lists near ones.
+        MMTokenError: a setting is unknown, missing or out of range.
+    """
+    if isinstance(spec, Compressor):
+        return dataclasses.replace(spec, **settings) if settings else spec  # type: ignore[type-var]
+    if isinstance(spec, str):
+        return _make(_find(spec), settings)
+    if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
+        raise MMTokenError(
+            f"compressor={spec!r}: give an instance, a name, or a dict with 'class_path' and 'init_args'."
+        )
+    unknown = set(spec) - {"class_path", "init_args"}
+    arguments = spec.get("init_args") or {}
+    if unknown or not isinstance(arguments, dict):
+        raise MMTokenError(f"compressor={spec!r} has entries other than 'class_path' and 'init_args' (a dict).")
+    return _make(_find(spec["class_path"]), {**arguments, **settings})
+
+
+def _find(name: str) -> type[Compressor]:
+    module, _, last = name.rpartition(".")
+    if not module or module == "mmtoken.compressors" or module.startswith("mmtoken.compressors."):
+        found = names().get(last.lower().replace("-", "").replace("_", ""))
+        if found is None:
+            raise UnknownNameError(f"compressor={name!r} is unknown{near_names(last, names())}")
+        return found
+    loaded = sys.modules.get(module)
+    cls = None if loaded is None else getattr(loaded, last, None)
+    if not isinstance(cls, type) or not issubclass(cls, Compressor):
+        raise UnknownNameError(
+            f"class_path={name!r} is no Compressor of a module that is imported; import it first"
+            f"{near_names(last, names())}"
+        )
+    return cls
+
+
+def _make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in settings:
+        if name not in fields:
+            raise MMTokenError(f"{name}={settings[name]!r} is no setting of {cls.__name__}{near_names(name, fields)}")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in settings:
+            raise MMTokenError(
+                f"{name} is missing: {cls.__name__} has no default for it; give for example {name}=0.25."
+            )
+    return cls(**settings)
+
+
+def facts() -> list[dict[str, str]]:
+    """One row per compressor from the facts on its class, for lists and tables."""
+    return [
+        {
+            "name": name,
+            "title": cls.title,
+            "sites": ", ".join(sorted(cls.sites)),
+            "needs": ", ".join(sorted(cls.needs)) or "features only",
+            "budget": cls.budget.replace("_", " "),
+            "keep=1.0": "bit-identical" if cls.identity_at_full is True else str(cls.identity_at_full),
+            "sees the question": "no" if cls.query_agnostic else "yes",
+            "kind": "control" if cls.control else "method",
+            "paper": cls.paper,
+        }
+        for name, cls in names().items()
+    ]

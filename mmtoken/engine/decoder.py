@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from mmtoken.backbones.base import Modality
 from mmtoken.engine import attention, gather, masks
 from mmtoken.engine.cache import LogicalLayer, logical_layer, make_logical, new_cache
+from mmtoken.engine.compat import CACHE, cache_in, with_cache
 from mmtoken.engine.encoder import encoded_by, forget
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mmtoken.engine.session import Session
 
 _PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
-_DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+_DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", CACHE)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -102,7 +103,7 @@ class DecoderHooks:
         object.__setattr__(self.decoder, "_deepstack_process", process)
         undo.callback(self.decoder.__dict__.pop, "_deepstack_process", None)
 
-    # --- where visual tokens are ---------------------------------------------------------------------------------------
+    # --- where visual tokens are ------------------------------------------------------------------------------------
 
     def _root_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.thread
@@ -150,7 +151,7 @@ class DecoderHooks:
         kwargs = {**dict(zip(_DECODER_ARGUMENTS, args, strict=False)), **kwargs}
         ids = kwargs.get("input_ids")
         rows, length = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         visual = self._visual_masks(rows, length, past)
         if visual is None:
@@ -160,7 +161,7 @@ class DecoderHooks:
             kwargs = {**kwargs, "input_ids": None, "inputs_embeds": self.decoder.get_input_embeddings()(ids)}
         return (), self._compress_prompt(kwargs, visual, past)
 
-    # --- prefill -----------------------------------------------------------------------------------------------------
+    # --- prefill ----------------------------------------------------------------------------------------------------
 
     def _compress_prompt(self, kwargs: dict[str, Any], visual: Mapping[str, Tensor], past: int) -> dict[str, Any]:
         """The decoder's arguments for the shortened prompt."""
@@ -196,10 +197,10 @@ class DecoderHooks:
         if self.tapped:
             attention.listen(functools.partial(self._note_scores, call))
         call.started = self.session.clock()
-        return {**kwargs, "past_key_values": cache, **self._shortened(kwargs, call, embeds, keep)}
+        return {**with_cache(kwargs, cache), **self._shortened(kwargs, call, embeds, keep)}
 
     def _logical_cache(self, kwargs: dict[str, Any]) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         use_cache = kwargs.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         checkpointing = self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False)
@@ -406,7 +407,7 @@ class DecoderHooks:
                 position_embeddings=kwargs.get("position_embeddings"),
                 attention_mask=kwargs.get("attention_mask"),
                 position_ids=kwargs.get("position_ids"),
-                past_key_values=None,
+                **{CACHE: None},
             )
         return rows[0]
 
@@ -431,7 +432,7 @@ class DecoderHooks:
             return None
         return _with_hidden(output, gather.rows(hidden, call.forward_fill()))
 
-    # --- decoding ----------------------------------------------------------------------------------------------------
+    # --- decoding ---------------------------------------------------------------------------------------------------
 
     def _decode(self, kwargs: dict[str, Any], cache: Any, past: int) -> Arguments | None:
         """A call without visual tokens: if the cache is compressed, translate masks and positions."""
@@ -464,7 +465,7 @@ class DecoderHooks:
 
     def _decode_layer(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """The same for a layer behind a cut, which stores fewer entries than the first one."""
-        stored = logical_layer(kwargs.get("past_key_values"), number)
+        stored = logical_layer(cache_in(kwargs), number)
         if stored is None or not stored.group:
             return None
         state = self.thread

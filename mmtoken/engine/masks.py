@@ -10,6 +10,7 @@ from transformers.masking_utils import create_causal_mask
 
 from mmtoken.engine import gather
 from mmtoken.engine.cache import LogicalLayer, logical_layer
+from mmtoken.engine.compat import CACHE
 from mmtoken.engine.prefill import Cut, Prefill
 from mmtoken.errors import UnsupportedError
 
@@ -31,7 +32,7 @@ def dense_mask(decoder: Any, embeds: Tensor, given: Any, cache: Any, positions: 
         config=decoder.config,
         inputs_embeds=embeds,
         attention_mask=given,
-        past_key_values=cache,
+        **{CACHE: cache},
         position_ids=positions,
     )
     return mask if isinstance(mask, Tensor) else None

@@ -32,6 +32,7 @@ class TowerRun(ABC):
         self.keys: Tensor | None = None
         self.cls: Tensor | None = None
         self.tokens: VisualTokens | None = None
+        self.counts: list[int] | None = None
         self._restore: dict[int, Tensor] = {}
 
     @abstractmethod

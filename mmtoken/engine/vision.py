@@ -132,7 +132,9 @@ class VisionHooks:
         seeds = None
         if "content_seed" in self.session.compressor.needs:
             seeds = call.seeds(self.session.backbone)
-        return TowerContext(run, tokens.counts(), seeds, inside=inside)
+        if run.counts is None:
+            run.counts = tokens.counts()
+        return TowerContext(run, run.counts, seeds, inside=inside)
 
     def _block_pre(
         self, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -192,7 +194,7 @@ class VisionHooks:
             if self.session.backbone.decoder is None:
                 state.call = None
 
-    # --- a tower by itself -------------------------------------------------------------------------------------------
+    # --- a tower by itself ------------------------------------------------------------------------------------------
 
     def _report_bare_tower(self, run: TowerRun, features: Tensor | None, output: Any) -> None:
         method = self.session.compressor
@@ -218,7 +220,7 @@ class VisionHooks:
         note_tokens(report, tokens)
         self.session.reports.append(report)
 
-    # --- around a token-wise projector ---------------------------------------------------------------------------------
+    # --- around a token-wise projector ------------------------------------------------------------------------------
 
     def _project_pre(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         state, run = self._thread, self._run

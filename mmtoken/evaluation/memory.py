@@ -20,7 +20,7 @@ class LivePeak(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._known: set[int] = set()
@@ -52,7 +52,8 @@ class LivePeak(TorchDispatchMode):
 
 
 def _storage(value: Tensor) -> int:
-    return int(value.untyped_storage()._cdata)
+    address: int = value.untyped_storage()._cdata
+    return address
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -63,7 +64,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device)) - before
+        peak: int = torch.cuda.max_memory_allocated(device)
+        return peak - before
     with LivePeak() as counter:
         run()
     return counter.peak

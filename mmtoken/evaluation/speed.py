@@ -19,6 +19,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from mmtoken.compressors.base import Compressor
 from mmtoken.compressors.registry import resolve
+from mmtoken.engine.compat import CACHE, cache_in
 from mmtoken.engine.flops import DecoderShape, prefill_flops
 from mmtoken.engine.report import Report
 from mmtoken.engine.session import compress
@@ -165,13 +166,13 @@ def run_once(
             with watch.stage("prefill"):
                 output = model(input_ids=request.input_ids, use_cache=True, logits_to_keep=1, **media)
             watch.add("scoring", 0.0 if session is None else session.report.scoring_seconds)
-        cache = output.past_key_values
+        cache = cache_in(output)
         stored = sum(int(part.nbytes) for layer in cache.layers for part in (layer.keys, layer.values))
         report = None if session is None else session.report
         token = output.logits[:, -1:].argmax(-1)
         with watch.stage("decode"):
             for _ in range(decode_steps):
-                output = model(input_ids=token, past_key_values=cache, use_cache=True)
+                output = model(input_ids=token, use_cache=True, **{CACHE: cache})
                 token = output.logits[:, -1:].argmax(-1)
     return Run(report, stored)
 
@@ -265,7 +266,7 @@ def _row(
 ) -> dict[str, Any]:
     mine, dense = timings[entrant.key], timings[DENSE]
     visual, text, report = shape.visual_tokens, shape.text_tokens, run.report
-    decoder = DecoderShape.from_config(request.model.config.text_config)
+    decoder = DecoderShape.from_config(request.model.config.get_text_config())
     flops_dense = prefill_flops(decoder, [[visual + text]] * decoder.layers)
     kept = visual if report is None else report.tokens_out[0]
     average = float(visual) if report is None else report.layer_average

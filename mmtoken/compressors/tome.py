@@ -1,0 +1,189 @@
+"""ToMe: merge the most similar tokens between the blocks of the vision tower."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mmtoken.compressors.base import Compressor, Context, Need, Positions
+from mmtoken.errors import InputError
+from mmtoken.tokens import VisualTokens, kept_count
+
+
+@dataclass(frozen=True)
+class ToMe(Compressor):
+    """Bipartite soft matching in every tower block, a constant number of merges per block.
+
+    Even tokens are matched with their most similar odd token (cosine of head-averaged keys); the most similar pairs
+    merge into size-weighted means, until `keep` tokens are left when the last block begins. Later blocks weigh a merged
+    token by its size (proportional attention, equation 1). Afterwards the grid is restored for the projector, and of
+    the projected tokens those stay whose patches were destinations or never merged.
+
+    Differs from the paper: merging happens when a block is entered, so behind the MLP of the block before and not
+    between its attention and its MLP; a token is the square of patches that becomes one projected token where the
+    projector merges several; towers on packed sequences (Qwen) take no attention bias, so sizes do not weigh there.
+    """
+
+    keep: int | float = 0.5
+    positions: Positions = "keep"
+
+    title: ClassVar[str] = "ToMe"
+    paper: ClassVar[str] = "Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, arXiv 2210.09461"
+    licence: ClassVar[str] = "written from the paper's formulas, Apache-2.0; the official code is CC-BY-NC 4.0, unused"
+    needs: ClassVar[frozenset[Need]] = frozenset({"tower_keys"})
+    merges: ClassVar[bool] = True
+    size_bias: ClassVar[bool] = True
+
+    def vision_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
+        targets = [self.target(total, layer, ctx.depth - 1) for total in ctx.original_counts]
+        metric = ctx.tower_keys(tokens)
+        while True:
+            now = tokens.counts()
+            merges = [min(max(n - target, 0), n // 2) for n, target in zip(now, targets, strict=True)]
+            tokens, metric = _merge_once(tokens, metric, merges)
+            # One round halves at most; only the last block goes on until the budget is met.
+            if layer < ctx.depth - 1 or tokens.counts() == targets:
+                return tokens
+
+    def target(self, total: int, layer: int, last: int) -> int:
+        """Tokens of a row of `total` that enter block `layer` of 1 .. `last`."""
+        final = kept_count(self.keep, total)
+        even = total - math.floor((total - final) * layer / last + 0.5)
+        # A block can merge half of its tokens at most, so none may start with more than the rest can get rid of.
+        halvings: int = 2 ** (last - layer)
+        return max(final, min(even, final * halvings))
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Which tokens merge. Even tokens are 2 * index, odd ones 2 * index + 1.
+
+    Attributes:
+        unmerged: int[B, U] even tokens that stay; by falling similarity, or ascending with a class token.
+        source: int[B, r] even tokens that merge, by falling similarity.
+        destination: int[B, r] the odd token that each one merges into.
+        length: tokens before the merge.
+        distill_token: whether the first odd token is a distillation token, put out second.
+    """
+
+    unmerged: Tensor
+    source: Tensor
+    destination: Tensor
+    length: int
+    distill_token: bool = False
+
+    def order(self) -> Tensor:
+        """int[B, M]: the original token behind each output token: unmerged even ones, then odd ones."""
+        odd = torch.arange(self.length // 2, device=self.unmerged.device).expand(len(self.unmerged), -1) * 2 + 1
+        even = self.unmerged * 2
+        if self.distill_token:
+            return torch.cat([even[:, :1], odd[:, :1], even[:, 1:], odd[:, 1:]], 1)
+        return torch.cat([even, odd], 1)
+
+    def merge(self, values: Tensor, mode: Literal["sum", "mean"] = "sum") -> Tensor:
+        """float[B, N, D] to float[B, M, D]: destinations hold the sum, or the mean, of themselves and their sources."""
+        sources = values.gather(1, _expand(self.source * 2, values))
+        target = _expand(self.destination * 2 + 1, values)
+        total = values.scatter_add(1, target, sources)
+        if mode == "mean":
+            ones = torch.ones_like(values[..., :1])
+            count = ones.scatter_add(1, target[..., :1], torch.ones_like(sources[..., :1]))
+            total = total / count
+        return total.gather(1, _expand(self.order(), values))
+
+    def unmerge(self, merged: Tensor) -> Tensor:
+        """float[B, M, D] to float[B, N, D]: sources get a copy of what they merged into."""
+        order = self.order()
+        shape = (merged.shape[0], self.length, merged.shape[-1])
+        full = merged.new_zeros(shape).scatter(1, _expand(order, merged), merged)
+        copies = full.gather(1, _expand(self.destination * 2 + 1, merged))
+        return full.scatter(1, _expand(self.source * 2, merged), copies)
+
+
+def _expand(index: Tensor, values: Tensor) -> Tensor:
+    return index[..., None].expand(-1, -1, values.shape[-1])
+
+
+def bipartite_soft_matching(metric: Tensor, r: int, class_token: bool = False, distill_token: bool = False) -> Matching:
+    """Match each even token with its most similar odd one and pick the `r` most similar pairs.
+
+    Args:
+        metric: float[B, N, C]; similarity is the cosine.
+        r: pairs to merge; capped at half of the tokens that are not protected.
+        class_token: the first even token (CLS) never merges, and unmerged tokens come out in order.
+        distill_token: nothing merges into the first odd token.
+
+    Raises:
+        InputError: r is negative.
+    """
+    if r < 0:
+        raise InputError(f"r={r} is negative; give the number of tokens to merge.")
+    length = metric.shape[1]
+    r = min(r, (length - int(class_token) - int(distill_token)) // 2)
+    unit = normalize(metric.detach().float(), dim=-1)
+    even, odd = unit[:, ::2], unit[:, 1::2]
+    if not odd.shape[1]:
+        alone = torch.zeros(len(metric), even.shape[1], dtype=torch.long, device=metric.device)
+        return Matching(alone, alone[:, :0], alone[:, :0], length, distill_token)
+    scores = even @ odd.transpose(1, 2)
+    if class_token:
+        scores[:, 0, :] = -torch.inf
+    if distill_token:
+        scores[:, :, 0] = -torch.inf
+    best, partner = scores.max(-1)
+    edges = best.argsort(dim=-1, descending=True, stable=True)
+    unmerged, source = edges[:, r:], edges[:, :r]
+    if class_token:
+        unmerged = unmerged.sort(-1).values
+    return Matching(unmerged, source, partner.gather(1, source), length, distill_token)
+
+
+def merge_weighted(matching: Matching, values: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """(size-weighted means float[B, M, D], new sizes float[B, M, 1]) of values float[B, N, D], size float[B, N, 1]."""
+    merged, total = matching.merge(values * size), matching.merge(size)
+    return merged / total, total
+
+
+def _merge_once(tokens: VisualTokens, metric: Tensor, merges: list[int]) -> tuple[VisualTokens, Tensor]:
+    """One round of matching over rows that may differ in length and in how much they merge."""
+    if len(set(merges)) == 1 and bool(tokens.eligible.all()):
+        return _merge_rows(tokens, metric, merges[0])
+    parts = []
+    for row, r in enumerate(merges):
+        where = tokens.eligible[row].nonzero()[:, 0][None]
+        single = tokens.row(row)
+        part, keys = _merge_rows(single.take(where), metric[row : row + 1].gather(1, _expand(where, metric)), r)
+        kept = single.where(single.protected)
+        parts.append((part, keys, kept))
+    return _join(tokens, parts)
+
+
+def _merge_rows(tokens: VisualTokens, metric: Tensor, r: int) -> tuple[VisualTokens, Tensor]:
+    matching = bipartite_soft_matching(metric, r)
+    values, size = merge_weighted(matching, tokens.features.float(), tokens.size[..., None])
+    # Destinations keep their own place; back to the order of the image, which pairs neighbours in the next round.
+    index = matching.order()
+    rank = tokens.source.gather(1, index).argsort(-1)
+    index = index.gather(1, rank)
+    features = values.gather(1, _expand(rank, values)).to(tokens.features.dtype)
+    keys, _ = merge_weighted(matching, metric.float(), tokens.size[..., None])
+    merged = tokens.take(index).replace(features=features, size=size[..., 0].gather(1, rank))
+    return merged, keys.gather(1, _expand(rank, keys)).to(metric.dtype)
+
+
+def _join(tokens: VisualTokens, parts: list[tuple[VisualTokens, Tensor, VisualTokens]]) -> tuple[VisualTokens, Tensor]:
+    """Rows of different length as one padded batch, protected tokens behind."""
+
+    def pad(name: str) -> Tensor:
+        rows = [torch.cat([getattr(part, name)[0], getattr(kept, name)[0]]) for part, _, kept in parts]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    names = ("features", "source", "size", "valid", "protected", "item")
+    joined = VisualTokens(**{name: pad(name) for name in names}, grid=tokens.grid)
+    keys = [torch.cat([keys[0], keys.new_zeros(kept.source.shape[1], keys.shape[-1])]) for _, keys, kept in parts]
+    return joined, torch.nn.utils.rnn.pad_sequence(keys, batch_first=True)

@@ -1,0 +1,27 @@
+"""What differs between the supported versions of transformers, in one place.
+
+5.24 renamed the argument and output `past_key_values` to `cache`. Callers may still use the old name, which
+transformers translates inside the forward, so after our hooks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.masking_utils import create_causal_mask
+
+_OLD = "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else _OLD
+"""Name of the cache among arguments and outputs."""
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments (or a model's output), under either name; None without one."""
+    return arguments.get(CACHE, arguments.get(_OLD))
+
+
+def with_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """The arguments with another cache, under the name that this version uses."""
+    return {**{name: value for name, value in arguments.items() if name != _OLD}, CACHE: cache}
