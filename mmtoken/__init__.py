@@ -1,1 +1,69 @@
-"""mmtoken."""
+"""Visual-token compression for Hugging Face vision-language models.
+
+```python
+import mmtoken
+from mmtoken.compressors import DivPrune
+
+model, processor = mmtoken.load("tiny-llava")
+with mmtoken.compress(model, DivPrune(keep=16)) as session:
+    model.generate(**inputs)
+print(session.report.tokens_out)
+```
+
+Names are loaded when they are first used: importing mmtoken itself imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmtoken.engine.inputs import compress_inputs
+    from mmtoken.engine.report import Report
+    from mmtoken.engine.session import Session, attach, check, compress
+    from mmtoken.errors import MMTokenError
+    from mmtoken.hub import list_models, load, save
+    from mmtoken.tokens import VisualTokens
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "MMTokenError": "mmtoken.errors",
+    "Report": "mmtoken.engine.report",
+    "Session": "mmtoken.engine.session",
+    "VisualTokens": "mmtoken.tokens",
+    "attach": "mmtoken.engine.session",
+    "check": "mmtoken.engine.session",
+    "compress": "mmtoken.engine.session",
+    "compress_inputs": "mmtoken.engine.inputs",
+    "list_models": "mmtoken.hub",
+    "load": "mmtoken.hub",
+    "save": "mmtoken.hub",
+}
+
+__all__ = [
+    "MMTokenError",
+    "Report",
+    "Session",
+    "VisualTokens",
+    "attach",
+    "check",
+    "compress",
+    "compress_inputs",
+    "list_models",
+    "load",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mmtoken' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
