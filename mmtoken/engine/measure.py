@@ -51,8 +51,7 @@ def finish_report(session: Session, call: Prefill, cuts: list[Cut]) -> None:
     lengths: dict[int, list[int]] = {}
     for cut in cuts:
         if cut.group not in lengths:
-            whole = cut.index.shape[1] == call.length
-            lengths[cut.group] = list(report.prompt_lengths) if whole else cut.lengths()
+            lengths[cut.group] = cut.lengths(report.prompt_lengths)
         report.layer_lengths.append(lengths[cut.group])
     note_tokens(report, call.tokens)
     if call.cache is not None:
