@@ -30,8 +30,8 @@ _ATTACHED = "_mmtoken_session"
 _ATTENTIONS = ("sdpa", "eager")
 
 Mode = Literal["drop", "mask"]
-"""What becomes of visual tokens that a compressor lets go: they leave the decoder's sequence and cache, or they stay and
-no other token sees them. The answers are the same, and only dropping saves anything; masking keeps every length and is
+"""What becomes of visual tokens that a compressor lets go: they leave the sequence and the cache, or they stay and no
+other token sees them. The answers are the same, and only dropping saves anything; masking keeps every length and is
 the reference to compare with."""
 
 
