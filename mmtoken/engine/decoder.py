@@ -370,9 +370,15 @@ class DecoderHooks:
             rotated: tuple[Tensor, ...] = self.decoder.rotary_emb(hidden, axes)
             return rotated
 
+        def ids(value: Tensor) -> Tensor:
+            moved = cut.position_ids
+            if moved is None:
+                return gather.last(value, relative)
+            return moved[0] if moved.ndim > value.ndim else moved  # of several axes layers get the text's
+
         changed = {**given, "attention_mask": once("attention_mask", mask)}
         if given.get("position_ids") is not None:
-            changed["position_ids"] = once("position_ids", lambda ids: gather.last(ids, relative))
+            changed["position_ids"] = once("position_ids", ids)
         if given.get("position_embeddings") is not None:
             changed["position_embeddings"] = once("position_embeddings", tables)
         return changed
