@@ -52,7 +52,10 @@ class GoldenCase:
     @classmethod
     def load(cls, path: Path) -> GoldenCase:
         """From `path`.json and `path`.safetensors."""
-        return cls(json.loads(path.with_suffix(".json").read_text()), load_file(path.with_suffix(".safetensors")))
+        description, tensors = path.with_suffix(".json"), path.with_suffix(".safetensors")
+        for file in (description, tensors):
+            assert file.is_file(), f"{file} is missing; MMTOKEN_GOLDEN names the folder that holds the cases"
+        return cls(json.loads(description.read_text()), load_file(tensors))
 
     @property
     def settings(self) -> dict[str, Any]:

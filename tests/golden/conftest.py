@@ -1,4 +1,4 @@
-"""Makes one test of every case file: `GoldenTests` in a module `test_<method>.py` ask for the fixture `case_path`."""
+"""Makes one test of every case file: the test of a module `test_<method>.py` that asks for `case_path`."""
 
 from __future__ import annotations
 
@@ -33,14 +33,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _path(item: pytest.Item) -> Path:
     call = getattr(item, "callspec", None)
     return Path() if call is None else call.params.get("case_path", Path())
-
-
-@pytest.fixture
-def case(case_path: Path):
-    """The loaded case."""
-    from tests.golden.case import GoldenCase
-
-    assert case_path.name != ABSENT, (
-        f"no cases under {case_path.parent}; MMTOKEN_GOLDEN names the folder that holds them"
-    )
-    return GoldenCase.load(case_path)

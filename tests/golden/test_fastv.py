@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,8 +18,8 @@ METHOD = "fastv"
 
 
 @pytest.mark.golden
-def test_fastv_gives_the_official_numbers(case: GoldenCase) -> None:
-    check(case)
+def test_fastv_gives_the_official_numbers(case_path: Path) -> None:
+    check(GoldenCase.load(case_path))
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +17,8 @@ METHOD = "pyramiddrop"
 
 
 @pytest.mark.golden
-def test_pyramiddrop_gives_the_official_numbers(case: GoldenCase) -> None:
-    check(case)
+def test_pyramiddrop_gives_the_official_numbers(case_path: Path) -> None:
+    check(GoldenCase.load(case_path))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ METHOD = "tome"
 
 
 @pytest.mark.golden
-def test_tome_gives_the_official_numbers(case: GoldenCase) -> None:
-    check(case)
+def test_tome_gives_the_official_numbers(case_path: Path) -> None:
+    check(GoldenCase.load(case_path))
 
 
 def check(case: GoldenCase) -> None:

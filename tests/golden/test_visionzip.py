@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ METHOD = "visionzip"
 
 
 @pytest.mark.golden
-def test_visionzip_gives_the_official_numbers(case: GoldenCase) -> None:
-    check(case)
+def test_visionzip_gives_the_official_numbers(case_path: Path) -> None:
+    check(GoldenCase.load(case_path))
 
 
 @torch.no_grad()
