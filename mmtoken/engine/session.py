@@ -107,7 +107,8 @@ class Session(AbstractContextManager["Session"]):
     Attributes:
         model, compressor, visual, mode: as handed in.
         backbone: the model's adapter.
-        reports: one `Report` per prefill (or call of a bare tower), oldest first.
+        reports: one `Report` per prefill (or call of a bare tower), oldest first. Only the last one holds `tokens`, so
+            that a long run keeps numbers and not features; clear the list to keep nothing.
         thread: state of running calls; the engine's own.
         hooks: hooks on the decoder, None for a bare tower; the engine's own.
         clock: seconds, what reports measure time with; wall time unless a benchmark sets another one.
@@ -197,6 +198,12 @@ class Session(AbstractContextManager["Session"]):
         scores = None if context.scores is None else tokens.per_item(context.scores.detach())
         self.thread.report.sites.append(SiteReport(site, layer, before, left.counts(), left.kept(), seconds, scores))
         return left
+
+    def file(self, report: Report) -> None:
+        """Add a finished report."""
+        for earlier in self.reports[-1:]:
+            earlier.tokens = None
+        self.reports.append(report)
 
     def take_report(self) -> Report | None:
         """The report being filled, handed over to whoever files it."""
