@@ -132,8 +132,11 @@ class VisualTokens:
 
     def kept(self) -> list[Tensor]:
         """Per item, int[K]: `source` of its eligible tokens."""
-        eligible = self.eligible
-        return [source[where] for source, where in zip(self.source, eligible, strict=True)]
+        return self.per_item(self.source)
+
+    def per_item(self, values: Tensor) -> list[Tensor]:
+        """`values` [B, N, ...] of the eligible tokens, one tensor per item."""
+        return [row[where] for row, where in zip(values, self.eligible, strict=True)]
 
     def budget(self, keep: int | float) -> list[int]:
         """Tokens to keep per item under `keep`, by `kept_count`."""

@@ -35,6 +35,9 @@ class Context(ABC):
     original_counts: list[int]
     """Eligible tokens per item before any cut of this call."""
 
+    scores: Tensor | None = None
+    """float[B, N]: the attention that the method read last, for the report; None if it read none."""
+
     @abstractmethod
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         """An integer per item from the exact bits of its pixels: equal for the same image in any batch or beam."""

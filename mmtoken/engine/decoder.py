@@ -222,7 +222,9 @@ class DecoderHooks:
         tokens = self._select_encoded(call)
         if "llm_input" in self.compressor.sites:
             context = CallContext(call, self.depth)
-            tokens = self.session.run_site("llm_input", None, tokens, lambda t: self.compressor.llm_input(t, context))
+            tokens = self.session.run_site(
+                "llm_input", None, tokens, context, lambda t: self.compressor.llm_input(t, context)
+            )
         keep = call.apply(tokens)
         merged = self.compressor.merges and bool(self.compressor.sites & {"llm_input", "project"})
         return call.write(tokens, call.embeds) if merged else call.embeds, keep
@@ -236,7 +238,7 @@ class DecoderHooks:
         if "project" in acted and not self.backbone.tokenwise_projector:
             context = CallContext(call, 0)
             return self.session.run_site(
-                "project", None, tokens, lambda t: self.compressor.project(t, lambda already: already, context)
+                "project", None, tokens, context, lambda t: self.compressor.project(t, lambda already: already, context)
             )
         if items.mass is None:
             if acted == {"frames"}:  # images have no frames to leave out
@@ -332,7 +334,7 @@ class DecoderHooks:
         context = CallContext(call, self.depth, functools.partial(self._probe, call, number, layer, hidden, kwargs))
         tokens = call.tokens.replace(features=call.hidden(call.tokens, hidden))
         tokens = self.session.run_site(
-            "llm_layer", number, tokens, lambda t: self.compressor.llm_layer(t, number, context)
+            "llm_layer", number, tokens, context, lambda t: self.compressor.llm_layer(t, number, context)
         )
         keep = call.apply(tokens)
         if self.compressor.merges:
@@ -368,9 +370,15 @@ class DecoderHooks:
             rotated: tuple[Tensor, ...] = self.decoder.rotary_emb(hidden, axes)
             return rotated
 
+        def ids(value: Tensor) -> Tensor:
+            moved = cut.position_ids
+            if moved is None:
+                return gather.last(value, relative)
+            return moved[0] if moved.ndim > value.ndim else moved  # of several axes layers get the text's
+
         changed = {**given, "attention_mask": once("attention_mask", mask)}
         if given.get("position_ids") is not None:
-            changed["position_ids"] = once("position_ids", lambda ids: gather.last(ids, relative))
+            changed["position_ids"] = once("position_ids", ids)
         if given.get("position_embeddings") is not None:
             changed["position_embeddings"] = once("position_embeddings", tables)
         return changed

@@ -325,7 +325,8 @@ class CallContext(Context):
         return gather.rows(values, tokens.source)
 
     def tower_attention(self, tokens: VisualTokens) -> Tensor:
-        return self._tower_fact(self.call.items.attention, tokens, "tower_attention")
+        self.scores = self._tower_fact(self.call.items.attention, tokens, "tower_attention")
+        return self.scores
 
     def tower_keys(self, tokens: VisualTokens) -> Tensor:
         return self._tower_fact(self.call.items.keys, tokens, "tower_keys")
@@ -351,10 +352,12 @@ class CallContext(Context):
     def text_attention(self, tokens: VisualTokens, layer: int) -> Tensor:
         if layer not in self.call.scores:
             raise UnsupportedError(f"text_attention of layer {layer} was not declared by score_layers().")
-        return self._pick(tokens, *self.call.scores[layer])
+        self.scores = self._pick(tokens, *self.call.scores[layer])
+        return self.scores
 
     def next_attention(self, tokens: VisualTokens) -> Tensor:
-        return self._pick(tokens, self._next_scores(), None, self.call.cut)
+        self.scores = self._pick(tokens, self._next_scores(), None, self.call.cut)
+        return self.scores
 
     def _pick(self, tokens: VisualTokens, row_scores: Tensor, past: int | None, cut: Cut) -> Tensor:
         stored = row_scores.shape[1] - cut.index.shape[1] if past is None else past

@@ -24,6 +24,7 @@ class SiteReport:
             what attends to itself: tiles, or frames.)
         kept: per item, int[K] original indices left, separators not counted.
         seconds: wall time inside the compressor, scores that it asked for included.
+        scores: per item, float[N] the attention that the compressor read for each of `tokens_in`; None if it read none.
     """
 
     site: str
@@ -32,10 +33,12 @@ class SiteReport:
     tokens_out: list[int]
     kept: list[Tensor] = field(repr=False)
     seconds: float
+    scores: list[Tensor] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**vars(self), "kept": [indices.tolist() for indices in self.kept]}
+        scores = None if self.scores is None else [item.tolist() for item in self.scores]
+        return {**vars(self), "kept": [indices.tolist() for indices in self.kept], "scores": scores}
 
 
 @dataclass

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.registry import adapt
-from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.base import Compressor, Context
 from mmtoken.compressors.registry import resolve
 from mmtoken.engine.decoder import DecoderHooks
 from mmtoken.engine.encode import Encoded, EncoderCall
@@ -180,16 +180,23 @@ class Session(AbstractContextManager["Session"]):
         raise UnsupportedError("A model with a compressor attached cannot be pickled; detach it first.")
 
     def run_site(
-        self, site: str, layer: int | None, tokens: VisualTokens, method: Callable[[VisualTokens], VisualTokens]
+        self,
+        site: str,
+        layer: int | None,
+        tokens: VisualTokens,
+        context: Context,
+        method: Callable[[VisualTokens], VisualTokens],
     ) -> VisualTokens:
-        """Call the compressor at a site and note what it did."""
+        """Call the compressor at a site and note what it read and did."""
         before = tokens.counts()
+        context.scores = None
         started = self.clock()
         left = method(tokens)
         seconds = self.clock() - started
         if self.thread.report is None:
             self.thread.report = Report(type(self.compressor).__name__)
-        self.thread.report.sites.append(SiteReport(site, layer, before, left.counts(), left.kept(), seconds))
+        scores = None if context.scores is None else tokens.per_item(context.scores.detach())
+        self.thread.report.sites.append(SiteReport(site, layer, before, left.counts(), left.kept(), seconds, scores))
         return left
 
     def file(self, report: Report) -> None:
