@@ -63,7 +63,9 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, fi
         ) from error
     except Exception as error:  # decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name} cannot be decoded ({reason}); the file is truncated or damaged, save it anew.") from error
+        raise InputError(
+            f"{name} cannot be decoded ({reason}); the file is truncated or damaged, save it anew."
+        ) from error
 
 
 def _check(image: Image.Image, name: str, max_pixels: int) -> None:
