@@ -160,9 +160,7 @@ def manual_loop(model: nn.Module, inputs: Inputs, steps: int = 6) -> Generated:
         extra = {} if needs_no_mask else {"attention_mask": mask}
         out = model(input_ids=tokens[-1], use_cache=True, **{CACHE: out[CACHE]}, **extra)
         logits.append(out.logits[:, -1])
-    return Generated(
-        torch.cat([inputs["input_ids"], *tokens], 1), torch.stack(logits, 1), out.get(CACHE)
-    )
+    return Generated(torch.cat([inputs["input_ids"], *tokens], 1), torch.stack(logits, 1), out.get(CACHE))
 
 
 def second_turn(
