@@ -44,6 +44,7 @@ class DecoderHooks:
         self.backbone = session.backbone
         self.compressor = session.compressor
         self.thread = session.thread
+        self.hides = session.mode == "mask"
         depth = len(decoder.layers)
         self.depth = depth
         self.cuts = self.compressor.cut_layers(depth)
@@ -193,7 +194,7 @@ class DecoderHooks:
         state.prefill = call
         start_report(self.session, call, self.decoder, encoded)
         embeds, keep = self._decide(call)
-        call.cut = call.base = Cut.of(0, keep)
+        call.cut = call.base = Cut.of(0, keep, hides=self.hides)
         if self.tapped:
             attention.listen(functools.partial(self._note_scores, call))
         call.started = self.session.clock()
@@ -336,7 +337,7 @@ class DecoderHooks:
         keep = call.apply(tokens)
         if self.compressor.merges:
             hidden = call.write(tokens, hidden)
-        before, call.cut = call.cut, Cut.of(call.cut.group + 1, keep)
+        before, call.cut = call.cut, Cut.of(call.cut.group + 1, keep, hides=self.hides)
         if self.compressor.positions == "renumber":
             moved, call.cut.shift = renumber(call.position_ids, call.dropped, call.items.spans())
             call.cut.position_ids = gather.last(moved, call.cut.index)

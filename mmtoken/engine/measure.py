@@ -51,8 +51,7 @@ def finish_report(session: Session, call: Prefill, cuts: list[Cut]) -> None:
     lengths: dict[int, list[int]] = {}
     for cut in cuts:
         if cut.group not in lengths:
-            whole = cut.index.shape[1] == call.length
-            lengths[cut.group] = list(report.prompt_lengths) if whole else cut.lengths()
+            lengths[cut.group] = cut.lengths(report.prompt_lengths)
         report.layer_lengths.append(lengths[cut.group])
     note_tokens(report, call.tokens)
     if call.cache is not None:
@@ -60,12 +59,12 @@ def finish_report(session: Session, call: Prefill, cuts: list[Cut]) -> None:
         report.kv_bytes_dense = _dense_bytes(call)
     if call.embeds.is_cuda:
         report.peak_memory_bytes = torch.cuda.max_memory_allocated(call.embeds.device)
-    session.reports.append(report)
+    session.file(report)
 
 
 def note_tokens(report: Report, tokens: VisualTokens) -> None:
     """The surviving tokens, as tokens and as indices per item."""
-    report.tokens = tokens
+    report.tokens = tokens.replace(features=tokens.features.detach())
     report.kept = tokens.kept()
     report.kernels = {"scores": "torch"}
 

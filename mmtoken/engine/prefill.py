@@ -174,6 +174,7 @@ class Cut:
         rank: int[B, L] row in the shortened sequence of each position that is left.
         shift: int[B] by which later positions move down, None if positions are kept.
         position_ids: renumbered ones for `index`, None if positions are kept.
+        hides: whether tokens that are gone stay in the sequence, out of everyone's sight (mode="mask").
     """
 
     group: int
@@ -182,11 +183,15 @@ class Cut:
     rank: Tensor
     shift: Tensor | None = None
     position_ids: Tensor | None = None
+    hides: bool = False
     memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, group: int, keep: Tensor) -> Cut:
-        """From bool[B, L]."""
+    def of(cls, group: int, keep: Tensor, *, hides: bool = False) -> Cut:
+        """From bool[B, L]; `hides` leaves the others in the sequence and marks them as not valid."""
+        if hides:
+            everything = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+            return cls(group, everything, None if bool(keep.all()) else keep, everything, hides=True)
         index, valid = gather.right_aligned(keep)
         order = torch.arange(index.shape[1], device=index.device).expand_as(index)
         # Padding points at positions that are not left, so it never overwrites a rank that is read.
@@ -197,7 +202,10 @@ class Cut:
         """bool[B, n]."""
         return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
 
-    def lengths(self) -> list[int]:
+    def lengths(self, prompt: list[int]) -> list[int]:
+        """Tokens of each row that a layer processes, of `prompt` tokens before compression; padding not counted."""
+        if self.hides or (self.valid is None and self.index.shape[1] == self.rank.shape[1]):
+            return list(prompt)
         rows, n = self.index.shape
         return [n] * rows if self.valid is None else [int(v) for v in self.valid.sum(-1).tolist()]
 
@@ -254,8 +262,7 @@ class Prefill:
         """
         cut = self.cut
         left = torch.zeros_like(self.real).scatter(1, cut.index, cut.valid_mask())
-        padding = cut.index.shape[1] - left.sum(-1, keepdim=True)
-        return (left.long().cumsum(-1) - 1 + padding).clamp(min=0)
+        return torch.where(left, cut.rank, 0).cummax(-1).values
 
     def places(self, tokens: VisualTokens) -> Tensor:
         """int[I, K] positions of tokens in their prompt rows."""

@@ -51,7 +51,7 @@ class Report:
         prompt_lengths: tokens of each prompt row before compression, padding not counted.
         layer_lengths: per decoder layer, the tokens of each prompt row that the layer processed.
         kept: per item, int[K] indices into its `places` left after the last cut, separators not counted.
-        tokens: the surviving tokens after the last site.
+        tokens: the surviving tokens after the last site, detached; None in all but a session's last report.
         kv_bytes, kv_bytes_dense: key/value cache after the prefill, and what it would be without compression.
         scoring_seconds, vision_seconds, prefill_seconds: wall time in compressors, encoder and decoder prefill.
         peak_memory_bytes: peak of the device's allocator during the prefill; None on a CPU.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ from mmtoken.tokens import VisualTokens
 
 _ATTACHED = "_mmtoken_session"
 _ATTENTIONS = ("sdpa", "eager")
+
+Mode = Literal["drop", "mask"]
+"""What becomes of visual tokens that a compressor lets go: they leave the sequence and the cache, or they stay and no
+other token sees them. The answers are the same, and only dropping saves anything; masking keeps every length and is
+the reference to compare with."""
 
 
 class ThreadState(threading.local):
@@ -100,16 +105,22 @@ class Session(AbstractContextManager["Session"]):
     """A compressor attached to a model. Made by `attach` or `compress`.
 
     Attributes:
-        model, compressor, visual: as handed in.
+        model, compressor, visual, mode: as handed in.
         backbone: the model's adapter.
-        reports: one `Report` per prefill (or call of a bare tower), oldest first.
+        reports: one `Report` per prefill (or call of a bare tower), oldest first. Only the last one holds `tokens`, so
+            that a long run keeps numbers and not features; clear the list to keep nothing.
         thread: state of running calls; the engine's own.
         hooks: hooks on the decoder, None for a bare tower; the engine's own.
         clock: seconds, what reports measure time with; wall time unless a benchmark sets another one.
     """
 
-    def __init__(self, model: PreTrainedModel, compressor: Compressor, visual: Tensor | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, compressor: Compressor, visual: Tensor | None, mode: Mode = "drop"
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise MMTokenError(f"mode={mode!r} is unknown; use 'drop' or 'mask'.")
         self.model = model
+        self.mode = mode
         self.compressor = compressor
         self.backbone = adapt(model)
         if visual is not None and (visual.dtype != torch.bool or visual.ndim != 2):
@@ -181,6 +192,12 @@ class Session(AbstractContextManager["Session"]):
         self.thread.report.sites.append(SiteReport(site, layer, before, left.counts(), left.kept(), seconds))
         return left
 
+    def file(self, report: Report) -> None:
+        """Add a finished report."""
+        for earlier in self.reports[-1:]:
+            earlier.tokens = None
+        self.reports.append(report)
+
     def take_report(self) -> Report | None:
         """The report being filled, handed over to whoever files it."""
         report, self.thread.report = self.thread.report, None
@@ -188,7 +205,11 @@ class Session(AbstractContextManager["Session"]):
 
 
 def attach(
-    model: PreTrainedModel, compressor: Compressor | str | dict[str, Any], *, visual: Tensor | None = None
+    model: PreTrainedModel,
+    compressor: Compressor | str | dict[str, Any],
+    *,
+    visual: Tensor | None = None,
+    mode: Mode = "drop",
 ) -> Session:
     """Attach a compressor to a model until `.detach()`.
 
@@ -196,6 +217,7 @@ def attach(
         model: a transformers VLM with an adapter, or a bare decoder or tower.
         compressor: an instance, a name ("fastv"), or {"class_path": ..., "init_args": {...}}.
         visual: bool[B, L] marks visual positions of the prompt; needed for bare decoders only.
+        mode: "drop" takes tokens out of the decoder, "mask" only hides them from the others.
 
     Returns:
         The session; `session.report` holds the measurements of the last prefill.
@@ -204,11 +226,15 @@ def attach(
         UnsupportedError: this backbone cannot host the compressor; the message says why.
         MMTokenError: a compressor is attached already.
     """
-    return Session(model, resolve(compressor), visual)
+    return Session(model, resolve(compressor), visual, mode)
 
 
 def compress(
-    model: PreTrainedModel, compressor: Compressor | str | dict[str, Any], *, visual: Tensor | None = None
+    model: PreTrainedModel,
+    compressor: Compressor | str | dict[str, Any],
+    *,
+    visual: Tensor | None = None,
+    mode: Mode = "drop",
 ) -> Session:
     """`attach` for a with statement: `with compress(model, FastV(keep=64)) as session: model.generate(**inputs)`."""
-    return attach(model, compressor, visual=visual)
+    return attach(model, compressor, visual=visual, mode=mode)

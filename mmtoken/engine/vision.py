@@ -218,7 +218,7 @@ class VisionHooks:
         report.item_rows = list(range(len(tokens)))
         report.tokens_in = counts
         note_tokens(report, tokens)
-        self.session.reports.append(report)
+        self.session.file(report)
 
     # --- around a token-wise projector ------------------------------------------------------------------------------
 

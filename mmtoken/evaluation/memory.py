@@ -64,8 +64,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         torch.cuda.synchronize(device)
-        peak: int = torch.cuda.max_memory_allocated(device)
-        return peak - before
-    with LivePeak() as counter:
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    counter = LivePeak()
+    with counter:
         run()
     return counter.peak
