@@ -77,19 +77,20 @@ class PrivateConfig:
         for module in self.holders:
             module.config = self.config
 
-    @contextmanager
-    def tapped(self) -> Iterator[None]:
-        """Use the tapped attention inside, whatever the model uses otherwise."""
-        before = self.config._attn_implementation
-        self.config._attn_implementation = TAPPED_SDPA
-        try:
-            yield
-        finally:
-            self.config._attn_implementation = before
-
     def restore(self) -> None:
         for module in self.holders:
             module.config = self.original
+
+
+def tapped_copy(module: Any) -> Any:
+    """A shallow copy of an attention module that uses the tapped attention, whatever the model uses.
+
+    The module itself and its config stay as they are: other threads may be running it.
+    """
+    tapped = copy.copy(module)
+    tapped.config = copy.copy(module.config)
+    tapped.config._attn_implementation = TAPPED_SDPA
+    return tapped
 
 
 def query_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, index: Tensor, past: int) -> Tensor:

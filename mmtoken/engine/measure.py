@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def start_report(session: Session, call: Prefill, decoder: Any, encoded: Mapping[str, Encoded]) -> None:
     """Note what came in."""
     state = session.thread
-    report = state.report = state.report or Report(type(session.compressor).__name__)
+    sites = [site for record in encoded.values() for site in record.sites]
+    report = state.report = Report(type(session.compressor).__name__, sites)
     report.item_rows = list(call.items.rows)
     report.places = [places for _, places in call.items.spans()]
     report.tokens_in = call.tokens.counts()
@@ -59,7 +60,7 @@ def finish_report(session: Session, call: Prefill, cuts: list[Cut]) -> None:
         report.kv_bytes_dense = _dense_bytes(call)
     if call.embeds.is_cuda:
         report.peak_memory_bytes = torch.cuda.max_memory_allocated(call.embeds.device)
-    session.reports.append(report)
+    session.file(report)
 
 
 def note_tokens(report: Report, tokens: VisualTokens) -> None:

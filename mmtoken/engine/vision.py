@@ -116,7 +116,9 @@ class VisionHooks:
         call = self.session.thread.encoder
         if call is None:  # a tower by itself
             call = EncoderCall("image", {"pixel_values": pixels})
-        state.call = call
+            self.session.thread.report = None
+        # What an aborted call left is taken away here, since hooks do not run after a KeyboardInterrupt.
+        state.call, state.features, state.projected, state.projecting = call, None, None, False
         call.tiles = pixels.shape[0]
         if tower.packed:
             grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
@@ -218,7 +220,7 @@ class VisionHooks:
         report.item_rows = list(range(len(tokens)))
         report.tokens_in = counts
         note_tokens(report, tokens)
-        self.session.reports.append(report)
+        self.session.file(report)
 
     # --- around a token-wise projector ------------------------------------------------------------------------------
 
