@@ -93,6 +93,7 @@ def tapped_copy(module: Any) -> Any:
     return tapped
 
 
+@torch.no_grad()
 def query_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, index: Tensor, past: int) -> Tensor:
     """Attention of one query per row, averaged over heads.
 
@@ -105,12 +106,13 @@ def query_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, i
         past: keys that precede the first query.
 
     Returns:
-        float32[B, k], softmax over the keys that the query may see.
+        float32[B, k], softmax over the keys that the query may see. Nothing is recorded for gradients: checkpointing
+        runs the layer again without a listener and compares what was recorded.
     """
     rows, heads, _, width = query.shape
     groups, length = key.shape[1], key.shape[2]
-    picked = query.gather(2, index.view(-1, 1, 1, 1).expand(-1, heads, 1, width)).detach().float()
-    scores = torch.einsum("bghd,bgkd->bghk", picked.view(rows, groups, heads // groups, width), key.detach().float())
+    picked = query.gather(2, index.view(-1, 1, 1, 1).expand(-1, heads, 1, width)).float()
+    scores = torch.einsum("bghd,bgkd->bghk", picked.view(rows, groups, heads // groups, width), key.float())
     scores = scores.flatten(1, 2) * scaling
     if mask is None:
         allowed = torch.arange(length, device=key.device) <= (past + index)[:, None]

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from mmtoken.backbones.base import Modality
 from mmtoken.engine import attention, gather, masks
 from mmtoken.engine.cache import LogicalLayer, logical_layer, make_logical, new_cache
-from mmtoken.engine.compat import CACHE, cache_in, with_cache
+from mmtoken.engine.compat import CACHE, cache_in, check_checkpointing, with_cache
 from mmtoken.engine.encoder import encoded_by, forget
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber
@@ -208,11 +208,8 @@ class DecoderHooks:
         use_cache = kwargs.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         checkpointing = self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False)
-        if checkpointing and self.cuts and not _hooks_run_outside_checkpoints(self.decoder):
-            raise UnsupportedError(
-                "gradient_checkpointing=True with cuts between layers: this transformers version runs hooks again in "
-                "the recomputation; upgrade transformers or disable checkpointing."
-            )
+        if checkpointing and self.cuts:
+            check_checkpointing(self.decoder.layers[0], "decoder layers")
         if cache is None and use_cache and not checkpointing:
             # The decoder would create it inside; it must have logical layers before masks are made.
             cache = new_cache(self.decoder.config)
@@ -494,9 +491,3 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
         return (hidden, *output[1:])
     output["last_hidden_state"] = hidden
     return output
-
-
-def _hooks_run_outside_checkpoints(decoder: Any) -> bool:
-    """Whether checkpointing wraps a layer's forward (later transformers) and not its call with all hooks (5.17)."""
-    kinds = type(decoder.layers[0]).__mro__
-    return not any("__call__" in kind.__dict__ for kind in kinds if kind not in (nn.Module, object))

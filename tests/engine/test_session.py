@@ -222,12 +222,12 @@ def test_a_part_and_its_whole_cannot_both_be_compressed(part: str, first: str) -
     visual = torch.ones(1, 4, dtype=torch.bool)
     if part == "vision_tower":
         visual = None
-    with leaves_nothing(model):
-        with (
-            compress(model, DivPrune()) if first == "whole" else compress(inner, DivPrune(), visual=visual),
-            pytest.raises(MMTokenError, match="already has a compressor attached"),
-        ):
-            attach(inner, DivPrune(), visual=visual) if first == "whole" else attach(model, DivPrune())
+    with (
+        leaves_nothing(model),
+        compress(model, DivPrune()) if first == "whole" else compress(inner, DivPrune(), visual=visual),
+        pytest.raises(MMTokenError, match="already has a compressor attached"),
+    ):
+        attach(inner, DivPrune(), visual=visual) if first == "whole" else attach(model, DivPrune())
 
 
 def test_a_failed_attach_leaves_nothing() -> None:
