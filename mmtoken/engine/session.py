@@ -99,8 +99,13 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
         raise UnsupportedError(
             f"attn_implementation={implementation!r} is not supported; load the model with 'sdpa' or 'eager'."
         )
-    if getattr(decoder.config, "use_sliding_window", False):
-        raise UnsupportedError("use_sliding_window=True: caches with sliding windows cannot be compressed.")
+    # Qwen sets it to None unless use_sliding_window; Mistral has no such switch.
+    window = getattr(decoder.config, "sliding_window", None)
+    if window is not None:
+        raise UnsupportedError(
+            f"sliding_window={window}: attention and caches with sliding windows cannot be compressed; models that "
+            "never see longer prompts may be loaded with sliding_window=None."
+        )
 
 
 class Session(AbstractContextManager["Session"]):
