@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from mmtoken.backbones.base import Modality
 from mmtoken.engine import attention, gather, masks
 from mmtoken.engine.cache import LogicalLayer, logical_layer, make_logical, new_cache
-from mmtoken.engine.compat import CACHE, cache_in, with_cache
+from mmtoken.engine.compat import CACHE, cache_in, check_checkpointing, with_cache
 from mmtoken.engine.encoder import encoded_by, forget
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber
@@ -49,7 +49,6 @@ class DecoderHooks:
         self.depth = depth
         self.cuts = self.compressor.cut_layers(depth)
         self.scored = self.compressor.score_layers(depth)
-        self.private: attention.PrivateConfig | None = None
         self.tapped: dict[int, int] = {}
         root = self.backbone.root
         self.separate_root = root is not decoder
@@ -79,10 +78,10 @@ class DecoderHooks:
         if not ({"text_attention", "next_attention"} & self.compressor.needs):
             return
         attention.register()
-        self.private = attention.PrivateConfig(self.decoder)
-        undo.callback(self.private.restore)
-        if self.private.config._attn_implementation == "sdpa":
-            self.private.config._attn_implementation = attention.TAPPED_SDPA
+        if self.scored and self.decoder.config._attn_implementation == "sdpa":
+            private = attention.PrivateConfig(self.decoder)
+            undo.callback(private.restore)
+            private.config._attn_implementation = attention.TAPPED_SDPA
             self.tapped = {id(self.decoder.layers[number].self_attn): number for number in self.scored}
 
     def _follow_deepstack(self, undo: ExitStack) -> None:
@@ -111,7 +110,7 @@ class DecoderHooks:
         bound = self.signature.bind_partial(module, *args, **kwargs).arguments
         call = {**bound, **bound.get("kwargs", {})}
         outputs = call.get("mm_encoder_outputs") or {}
-        state.visual = None
+        self._clear()
         # Without pixels or features there are no visual tokens, even if a generated id equals the placeholder's.
         if not outputs and all(call.get(name) is None for name in _PIXELS):
             return
@@ -134,6 +133,7 @@ class DecoderHooks:
         state = self.thread
         state.visual = state.encoded = state.input_ids = state.prefill = None
         state.decode_mask = state.decode_positions = None
+        attention.listen(None)
 
     def _visual_masks(self, rows: int, length: int, past: int) -> Mapping[str, Tensor] | None:
         """bool[B, L] per modality for this decoder call, None if it holds no visual tokens."""
@@ -149,6 +149,9 @@ class DecoderHooks:
         return found if found is not None and any(bool(mask.any()) for mask in found.values()) else None
 
     def _decoder_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        # Hooks do not run after a KeyboardInterrupt, so what an aborted call left is taken away here.
+        self.thread.prefill = self.thread.decode_mask = self.thread.decode_positions = None
+        attention.listen(None)
         kwargs = {**dict(zip(_DECODER_ARGUMENTS, args, strict=False)), **kwargs}
         ids = kwargs.get("input_ids")
         rows, length = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
@@ -205,11 +208,8 @@ class DecoderHooks:
         use_cache = kwargs.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         checkpointing = self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False)
-        if checkpointing and self.cuts and not _hooks_run_outside_checkpoints(self.decoder):
-            raise UnsupportedError(
-                "gradient_checkpointing=True with cuts between layers: this transformers version runs hooks again in "
-                "the recomputation; upgrade transformers or disable checkpointing."
-            )
+        if checkpointing and self.cuts:
+            check_checkpointing(self.decoder.layers[0], "decoder layers")
         if cache is None and use_cache and not checkpointing:
             # The decoder would create it inside; it must have logical layers before masks are made.
             cache = new_cache(self.decoder.config)
@@ -409,9 +409,8 @@ class DecoderHooks:
             rows.append(row[:, : past + query.shape[2]])
             return True
 
-        assert self.private is not None
-        with torch.no_grad(), attention.listening(listener), self.private.tapped():
-            layer.self_attn(
+        with torch.no_grad(), attention.listening(listener):
+            attention.tapped_copy(layer.self_attn)(
                 hidden_states=layer.input_layernorm(hidden),
                 position_embeddings=kwargs.get("position_embeddings"),
                 attention_mask=kwargs.get("attention_mask"),
@@ -500,9 +499,3 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
         return (hidden, *output[1:])
     output["last_hidden_state"] = hidden
     return output
-
-
-def _hooks_run_outside_checkpoints(decoder: Any) -> bool:
-    """Whether checkpointing wraps a layer's forward (later transformers) and not its call with all hooks (5.17)."""
-    kinds = type(decoder.layers[0]).__mro__
-    return not any("__call__" in kind.__dict__ for kind in kinds if kind not in (nn.Module, object))
