@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmtoken.compressors.base import Compressor, Context, Positions
-from mmtoken.tokens import VisualTokens
+from mmtoken.tokens import VisualTokens, refuse_nan
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class DivPrune(Compressor):
     (distance = 1 - cosine), per item. Needs no attention and does not see the question.
 
     Differs from the public code: a chosen token is never picked twice, so the budget is exact; zero vectors have
-    distance 1 to everything instead of NaN; the kept tokens keep their positions.
+    distance 1 to everything instead of NaN; the kept tokens keep their positions. NaN features are an error.
     """
 
     keep: int | float = 0.098
@@ -44,8 +44,12 @@ def maxmin_select(features: Tensor, counts: list[int], eligible: Tensor) -> Tens
 
     Returns:
         bool[B, N] with `counts[b]` tokens picked in row b. Ties go to the lower index.
+
+    Raises:
+        InputError: features of an eligible token are NaN or infinite.
     """
     unit = torch.nn.functional.normalize(features.detach().float(), dim=-1)
+    refuse_nan(unit, eligible, "features")
     rows, length = eligible.shape
     picked = torch.zeros_like(eligible)
     if not rows or not length:
