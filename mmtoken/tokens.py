@@ -35,7 +35,7 @@ def check_keep(keep: object, field: str = "keep") -> int | float:
     if isinstance(keep, float) and keep > 1:
         raise KeepError(
             f"{field}={keep!r} is a float above 1; a fraction goes up to 1.0, a count of tokens is an int "
-            f"(keep={int(keep)})."
+            f"({field}={int(keep)})."
         )
     return keep
 

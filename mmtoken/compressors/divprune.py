@@ -56,7 +56,9 @@ def maxmin_select(features: Tensor, counts: list[int], eligible: Tensor) -> Tens
         return picked
     limit = torch.tensor(counts, device=features.device)
     row = torch.arange(rows, device=features.device)
-    distance = 1 - unit @ unit.transpose(1, 2)
+    similarity = unit @ unit.transpose(1, 2)
+    # Products of blocks round (i, j) and (j, i) apart, and of two mutual neighbours the lower index must win.
+    distance = 1 - (similarity + similarity.transpose(1, 2)) / 2
     distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     nearest = distance.masked_fill(~eligible[:, None, :], torch.inf).amin(-1)
     for step in range(max(counts, default=0)):

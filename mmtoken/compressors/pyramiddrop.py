@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_layers, check_whole
 from mmtoken.errors import MMTokenError, UnsupportedError
-from mmtoken.tokens import VisualTokens, check_keep, kept_count
+from mmtoken.tokens import VisualTokens, kept_count
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,8 @@ class PyramidDrop(Compressor):
 
     def _check_shares(self, shares: tuple[float, ...]) -> None:
         for share in shares:
-            check_keep(share, "shares")
-            if not isinstance(share, float):
-                raise MMTokenError(f"shares={shares} holds the int {share}; shares are fractions in (0, 1], as floats.")
+            if not isinstance(share, float) or not 0 < share <= 1:
+                raise MMTokenError(f"shares={shares} holds {share!r}; give fractions in (0, 1], as floats.")
         if list(shares) != sorted(shares, reverse=True):
             raise MMTokenError(f"shares={shares} grow; a later stage cannot keep more than an earlier one.")
         if shares[-1] != self.keep:
