@@ -1,7 +1,7 @@
 """What differs between the supported versions of transformers, in one place.
 
 5.24 renamed the argument and output `past_key_values` to `cache`. Callers may still use the old name, which
-transformers translates inside the forward, so after our hooks.
+transformers translates inside the forward, so after our hooks. 5.17 takes no encoded images.
 """
 
 from __future__ import annotations
@@ -25,3 +25,8 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
 def with_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """The arguments with another cache, under the name that this version uses."""
     return {**{name: value for name, value in arguments.items() if name != _OLD}, CACHE: cache}
+
+
+def takes_encoded_images(root: Any) -> bool:
+    """Whether a model's forward takes what its encoders returned (`mm_encoder_outputs`) instead of pixels."""
+    return "mm_encoder_outputs" in inspect.signature(type(root).forward).parameters

@@ -1,0 +1,68 @@
+"""Dropping tokens is hiding them: the compressed model equals the whole model in which later layers cannot see them.
+
+What the reference hides is what the report says was dropped; `test_selections` checks that this is what the method's
+formulas drop. The reference of merging methods starts from the merged features; `test_merging` checks those.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmtoken import compress
+from tests import oracle
+from tests.backbones.tiny_models import CASES
+from tests.contract.matrix import COMPRESSORS, Cell, assert_close, batch, logits, pairs, tiny
+from tests.contract.reference import (
+    alone,
+    assert_items_are_the_placeholders,
+    given_embeddings,
+    keeps,
+    recording,
+    with_merged,
+)
+
+KEEPING = [name for name, method in COMPRESSORS.items() if method.positions == "keep"]
+
+
+@pairs(KEEPING)
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+def test_dropping_equals_masking(name: str, cell: Cell, case: str, attn: str) -> None:
+    model, inputs, method = tiny(cell[0], attn), batch(cell, case), COMPRESSORS[name]
+    with recording(model) as calls, compress(model, method) as session:
+        forward = logits(model, inputs)
+        got = oracle.generate_with_logits(model, inputs, max_new_tokens=4)
+    report = session.report
+    assert len(session.reports) == 2
+    assert_items_are_the_placeholders(report, model, inputs)
+    assert sum(report.tokens_out) < sum(report.tokens_in)
+    keep = keeps(report, model, inputs["input_ids"].shape[1])
+    embeds = with_merged(report, calls[0]) if method.merges else calls[0]["inputs_embeds"]
+    deepstack = calls[0].get("deepstack_visual_embeds")
+    with given_embeddings(model, embeds, deepstack), oracle.masked_keys(model, keep):
+        want_forward = logits(model, inputs)
+        want = oracle.generate_with_logits(model, inputs, max_new_tokens=4)
+    left = keep[max(keep)] & inputs["attention_mask"].bool()
+    assert_close(forward[left], want_forward[left])
+    assert_close(got.logits, want.logits)
+    assert torch.equal(got.sequences, want.sequences)
+
+
+@pairs()
+@pytest.mark.parametrize("case", ["left_padded", "padded_ragged", "multi_image", "text_row"])
+def test_a_batch_equals_its_rows(name: str, cell: Cell, case: str) -> None:
+    model, inputs = tiny(cell[0]), batch(cell, case)
+    length = inputs["input_ids"].shape[1]
+    with compress(model, COMPRESSORS[name]) as session:
+        together = oracle.generate_with_logits(model, inputs)
+        whole = session.report
+        for row in range(len(inputs["input_ids"])):
+            single = alone(model, cell, inputs, row)
+            by_itself = oracle.generate_with_logits(model, single)
+            start = single["input_ids"].shape[1]
+            assert torch.equal(together.sequences[row, length:], by_itself.sequences[0, start:])
+            assert_close(by_itself.logits[0], together.logits[row])
+            if row in whole.item_rows:
+                mine = [kept for kept, of in zip(whole.kept, whole.item_rows, strict=True) if of == row]
+                assert [kept.tolist() for kept in session.report.kept] == [kept.tolist() for kept in mine]
