@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from hypothesis import strategies as st
@@ -47,23 +46,17 @@ class Given(Context):
         keys: float[B, N, d].
         cls: float[B, D] or None.
         seeds: per item.
-        counts: eligible tokens per item before any cut.
+        original_counts: eligible tokens per item before any cut.
     """
 
     received: Tensor
     keys: Tensor
     cls: Tensor | None
     seeds: list[int]
-    counts: list[int]
+    original_counts: list[int]
     depth: int = 8
     tokenwise_projector: bool = True
     asked: tuple[str, ...] = ()
-
-    DEPTH: ClassVar[int] = 8
-
-    @property
-    def original_counts(self) -> list[int]:  # type: ignore[override]
-        return self.counts
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         return self.seeds
@@ -91,7 +84,7 @@ class Given(Context):
     def rows(self, index: list[int]) -> Given:
         """The same for some items."""
         cls = None if self.cls is None else self.cls[index]
-        seeds, counts = ([values[i] for i in index] for values in (self.seeds, self.counts))
+        seeds, counts = ([values[i] for i in index] for values in (self.seeds, self.original_counts))
         return Given(self.received[index], self.keys[index], cls, seeds, counts, self.depth, self.tokenwise_projector)
 
 
