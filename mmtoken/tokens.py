@@ -29,13 +29,13 @@ def check_keep(keep: object, field: str = "keep") -> int | float:
             "tokens as an int (64)."
         )
     if isinstance(keep, float) and not math.isfinite(keep):
-        raise KeepError(f"{field}={keep!r} is not a number; give a fraction in (0, 1] or a positive int.")
+        raise KeepError(f"{field}={keep!r} is not finite; give a fraction in (0, 1] or a positive int.")
     if keep <= 0:
         raise KeepError(f"{field}={keep!r} keeps nothing; give a fraction in (0, 1] or an int of at least 1.")
     if isinstance(keep, float) and keep > 1:
         raise KeepError(
             f"{field}={keep!r} is a float above 1; a fraction goes up to 1.0, a count of tokens is an int "
-            f"(keep={int(keep)})."
+            f"({field}={int(keep)})."
         )
     return keep
 
@@ -55,6 +55,27 @@ def kept_count(keep: int | float, total: int, steps: int = 1) -> int:
         return 0
     wanted = math.floor(keep * total + 0.5) if isinstance(keep, float) else keep * steps
     return min(total, max(1, wanted))
+
+
+def refuse_nan(values: Tensor, eligible: Tensor, name: str) -> None:
+    """Fail if a value of an eligible token is NaN.
+
+    Args:
+        values: float[B, N] or float[B, N, D].
+        eligible: bool[B, N].
+        name: what the values are, for the message.
+
+    Raises:
+        InputError: one is.
+    """
+    found = values.isnan() if values.ndim == 2 else values.isnan().any(-1)
+    found = found & eligible
+    if bool(found.any()):
+        row = int(found.any(-1).long().argmax())
+        raise InputError(
+            f"{name} contains NaN for item {row}; every token needs numbers. Check the pixels and the weights for NaN "
+            "or infinities (in float16, try bfloat16)."
+        )
 
 
 @dataclass(frozen=True)
@@ -213,12 +234,7 @@ def top_mask(scores: Tensor, counts: list[int], eligible: Tensor) -> Tensor:
     if scores.shape != eligible.shape:
         raise InputError(f"scores has shape {tuple(scores.shape)}; expected {tuple(eligible.shape)} (items, tokens).")
     scores = scores.detach().float()
-    if bool((scores.isnan() & eligible).any()):
-        row = int((scores.isnan() & eligible).any(-1).long().argmax())
-        raise InputError(
-            f"scores contains NaN for item {row}; a score must be a number for every token. Check the pixels and "
-            "the weights for NaN or infinities (in float16, try bfloat16)."
-        )
+    refuse_nan(scores, eligible, "scores")
     order = torch.argsort(scores.masked_fill(~eligible, -math.inf), dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)

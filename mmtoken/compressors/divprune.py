@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmtoken.compressors.base import Compressor, Context, Positions
-from mmtoken.tokens import VisualTokens
+from mmtoken.tokens import VisualTokens, refuse_nan
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class DivPrune(Compressor):
     (distance = 1 - cosine), per item. Needs no attention and does not see the question.
 
     Differs from the public code: a chosen token is never picked twice, so the budget is exact; zero vectors have
-    distance 1 to everything instead of NaN; the kept tokens keep their positions.
+    distance 1 to everything instead of NaN; the kept tokens keep their positions. NaN features are an error.
     """
 
     keep: int | float = 0.098
@@ -44,15 +44,21 @@ def maxmin_select(features: Tensor, counts: list[int], eligible: Tensor) -> Tens
 
     Returns:
         bool[B, N] with `counts[b]` tokens picked in row b. Ties go to the lower index.
+
+    Raises:
+        InputError: features of an eligible token are NaN or infinite.
     """
     unit = torch.nn.functional.normalize(features.detach().float(), dim=-1)
+    refuse_nan(unit, eligible, "features")
     rows, length = eligible.shape
     picked = torch.zeros_like(eligible)
     steps = max(counts, default=0)
     if not rows or not length or not steps:
         return picked
     row = torch.arange(rows, device=features.device)
-    distance = (unit @ unit.transpose(1, 2)).neg_().add_(1)
+    similarity = unit @ unit.transpose(1, 2)
+    # Products of blocks round (i, j) and (j, i) apart, and of two mutual neighbours the lower index must win.
+    distance = (similarity + similarity.transpose(1, 2)).mul_(-0.5).add_(1)
     distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     distance.masked_fill_(~eligible[:, None, :], torch.inf)
     # A chosen or ineligible token must lose against every other one, also against those at distance 0.

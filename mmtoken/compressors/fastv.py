@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_layers
+from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_layers, check_whole
 from mmtoken.tokens import VisualTokens
 
 
@@ -35,6 +35,10 @@ class FastV(Compressor):
     needs: ClassVar[frozenset[Need]] = frozenset({"text_attention"})
     query_agnostic: ClassVar[bool] = False
     causal: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("layer", self.layer, lowest=1)
 
     def cut_layers(self, depth: int) -> tuple[int, ...]:
         check_layers("layer", (self.layer,), depth, lowest=1)

@@ -117,7 +117,7 @@ class Session(AbstractContextManager["Session"]):
     Attributes:
         model, compressor, visual, mode: as handed in.
         backbone: the model's adapter.
-        reports: one `Report` per prefill (or call of a bare tower), oldest first. Only the last one holds `tokens`, so
+        reports: one `Report` per prefill (or call of a bare tower), oldest first. Only a thread's last one holds `tokens`, so
             that a long run keeps numbers and not features; clear the list to keep nothing.
         thread: state of running calls; the engine's own.
         hooks: hooks on the decoder, None for a bare tower; the engine's own.
@@ -220,19 +220,15 @@ class Session(AbstractContextManager["Session"]):
             self.thread.report = Report(type(self.compressor).__name__)
         self.thread.report.sites.append(site)
 
-    def file(self, report: Report) -> None:
-        """Add a finished report."""
-        for earlier in self.reports[-1:]:
-            earlier.tokens = None
-        self.reports.append(report)
-
     def take_report(self) -> Report | None:
         """The report being filled, handed over to whoever files it."""
         report, self.thread.report = self.thread.report, None
         return report
 
     def file(self, report: Report) -> None:
-        """Add a finished report."""
+        """Add a finished report; features stay with the last one of each thread only."""
+        if self.thread.latest is not None:
+            self.thread.latest.tokens = None
         self.reports.append(report)
         self.thread.latest = report
 
