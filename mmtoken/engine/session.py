@@ -189,7 +189,8 @@ class Session(AbstractContextManager["Session"]):
         seconds = self.clock() - started
         if self.thread.report is None:
             self.thread.report = Report(type(self.compressor).__name__)
-        self.thread.report.sites.append(SiteReport(site, layer, before, left.counts(), left.kept(), seconds))
+        kept = left.kept()
+        self.thread.report.sites.append(SiteReport(site, layer, before, [len(k) for k in kept], kept, seconds))
         return left
 
     def file(self, report: Report) -> None:
