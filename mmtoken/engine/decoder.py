@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mmtoken.engine.session import Session
 
 _PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
+_BEFORE_DECODER = {"frames", "vision_layer", "project", "llm_input"}
 _DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", CACHE)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -219,6 +220,8 @@ class DecoderHooks:
 
     def _decide(self, call: Prefill) -> tuple[Tensor, Tensor]:
         """Let the compressor act on the prompt: (embeds with merged features float[B, L, D], bool[B, L] left)."""
+        if not self.compressor.sites & _BEFORE_DECODER:
+            return call.embeds, ~call.dropped
         tokens = self._select_encoded(call)
         if "llm_input" in self.compressor.sites:
             context = CallContext(call, self.depth)
@@ -348,8 +351,11 @@ class DecoderHooks:
     def _cut_arguments(self, call: Prefill, number: int, given: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
         """A layer's other arguments after a cut; computed once per cut and argument object."""
         cut = call.cut
-        assert call.base is not None
-        relative = call.base.rank.gather(1, cut.index)
+
+        @functools.cache
+        def relative() -> Tensor:
+            assert call.base is not None
+            return call.base.rank.gather(1, cut.index)
 
         def once(name: str, make: Callable[[Any], Any]) -> Any:
             value = given.get(name)
@@ -365,7 +371,7 @@ class DecoderHooks:
 
         def tables(value: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if cut.position_ids is None:
-                return tuple(gather.rows(table, relative) for table in value)
+                return tuple(gather.rows(table, relative()) for table in value)
             axes = cut.position_ids[-3:] if cut.position_ids.ndim == 3 else cut.position_ids
             rotated: tuple[Tensor, ...] = self.decoder.rotary_emb(hidden, axes)
             return rotated
@@ -373,7 +379,7 @@ class DecoderHooks:
         def ids(value: Tensor) -> Tensor:
             moved = cut.position_ids
             if moved is None:
-                return gather.last(value, relative)
+                return gather.last(value, relative())
             return moved[0] if moved.ndim > value.ndim else moved  # of several axes layers get the text's
 
         changed = {**given, "attention_mask": once("attention_mask", mask)}
@@ -389,10 +395,13 @@ class DecoderHooks:
         """Listener: keep the attention of the last prompt token in the layers that are read."""
         number = self.tapped.get(id(module))
         if number is not None:
+            started = self.session.clock()
             stored = logical_layer(call.cache, number)
             past = 0 if stored is None else stored.stored() - query.shape[2]
             row = attention.query_row(query, key, mask, scaling, call.last_row(), past)
             call.scores[number] = (row, past, call.cut)
+            assert self.thread.report is not None
+            self.thread.report.listening_seconds += self.session.clock() - started
         return False
 
     def _probe(self, call: Prefill, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

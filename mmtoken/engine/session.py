@@ -210,8 +210,9 @@ class Session(AbstractContextManager["Session"]):
         started = self.clock()
         left = method(tokens)
         seconds = self.clock() - started
+        kept = left.kept()
         scores = None if context.scores is None else tokens.per_item(context.scores.detach())
-        self.note(SiteReport(site, layer, before, left.counts(), left.kept(), seconds, scores))
+        self.note(SiteReport(site, layer, before, [len(k) for k in kept], kept, seconds, scores))
         return left
 
     def note(self, site: SiteReport) -> None:
