@@ -117,8 +117,8 @@ class Session(AbstractContextManager["Session"]):
     Attributes:
         model, compressor, visual, mode: as handed in.
         backbone: the model's adapter.
-        reports: one `Report` per prefill (or call of a bare tower), oldest first. Only a thread's last one holds `tokens`, so
-            that a long run keeps numbers and not features; clear the list to keep nothing.
+        reports: one `Report` per prefill (or call of a bare tower), oldest first. Only a thread's last one holds
+            `tokens`, so that a long run keeps numbers and not features; clear the list to keep nothing.
         thread: state of running calls; the engine's own.
         hooks: hooks on the decoder, None for a bare tower; the engine's own.
         clock: seconds, what reports measure time with; wall time unless a benchmark sets another one.
