@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Literal, get_args
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.registry import adapt
 from mmtoken.compressors.base import Compressor
 from mmtoken.compressors.registry import resolve
+from mmtoken.engine.cache import check_decoder
 from mmtoken.engine.decoder import DecoderHooks
 from mmtoken.engine.encode import Encoded, EncoderCall
 from mmtoken.engine.encoder import wrap_encoder
@@ -40,6 +42,7 @@ class ThreadState(threading.local):
 
     Attributes:
         encoder: the `get_*_features` call in progress.
+        made: outputs of encoders that are still in use, per modality.
         encoded: what encoders left behind for the forward in progress, per modality.
         visual: bool[B, L] visual positions of the forward in progress, per modality.
         input_ids: int[B, L] of that forward.
@@ -48,6 +51,7 @@ class ThreadState(threading.local):
         report: the report being filled.
     """
 
+    made: WeakValueDictionary[str, Any]
     encoder: EncoderCall | None = None
     encoded: dict[str, Encoded] | None = None
     visual: dict[str, Tensor] | None = None
@@ -56,6 +60,9 @@ class ThreadState(threading.local):
     decode_mask: Tensor | None = None
     decode_positions: Tensor | None = None
     report: Report | None = None
+
+    def __init__(self) -> None:
+        self.made = WeakValueDictionary()
 
 
 def check(
@@ -97,8 +104,7 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
         raise UnsupportedError(
             f"attn_implementation={implementation!r} is not supported; load the model with 'sdpa' or 'eager'."
         )
-    if getattr(decoder.config, "use_sliding_window", False):
-        raise UnsupportedError("use_sliding_window=True: caches with sliding windows cannot be compressed.")
+    check_decoder(decoder.config)
 
 
 class Session(AbstractContextManager["Session"]):
@@ -123,13 +129,13 @@ class Session(AbstractContextManager["Session"]):
         self.mode = mode
         self.compressor = compressor
         self.backbone = adapt(model)
-        if visual is not None and (visual.dtype != torch.bool or visual.ndim != 2):
-            raise InputError(f"visual is {visual.dtype} of shape {tuple(visual.shape)}; expected bool[B, L].")
-        _check(self.backbone, compressor, visual)
         if any(_ATTACHED in module.__dict__ for module in (model, self.backbone.root)):
             raise MMTokenError(
                 "model already has a compressor attached; detach it first, or combine methods in one compressor."
             )
+        if visual is not None and (visual.dtype != torch.bool or visual.ndim != 2):
+            raise InputError(f"visual is {visual.dtype} of shape {tuple(visual.shape)}; expected bool[B, L].")
+        _check(self.backbone, compressor, visual)
         self.visual = visual
         self.reports: list[Report] = []
         self.clock: Callable[[], float] = time.perf_counter

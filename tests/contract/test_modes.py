@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -81,8 +80,7 @@ def text_assistant(cell: Cell) -> dict[str, Any]:
 
 
 # Before transformers encoded pixels apart from the forward, an assistant was handed them too.
-ENCODES_APART = "mm_encoder_outputs" in inspect.signature(type(tiny("llava").base_model).forward).parameters
-TAKES_TEXT_ASSISTANT = [cell for cell in CELLS if ENCODES_APART and cell[0] not in DYNAMIC]
+TAKES_TEXT_ASSISTANT = [cell for cell in CELLS if oracle.ENCODES_APART and cell[0] not in DYNAMIC]
 
 
 @pairs(METHODS, TAKES_TEXT_ASSISTANT)
