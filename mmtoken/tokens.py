@@ -5,6 +5,7 @@ Shape letters: B items (one image or one video each), N visual tokens of an item
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -137,7 +138,7 @@ class VisualTokens:
     def __len__(self) -> int:
         return self.features.shape[0]
 
-    @property
+    @functools.cached_property
     def eligible(self) -> Tensor:
         """bool[B, N]: tokens that may be dropped and that `keep` counts."""
         return self.valid & ~self.protected

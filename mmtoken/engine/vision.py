@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from mmtoken.backbones.base import Tower
 from mmtoken.compressors.base import Context
 from mmtoken.engine import gather
+from mmtoken.engine.compat import check_checkpointing
 from mmtoken.engine.encode import EncoderCall
 from mmtoken.engine.measure import note_tokens
 from mmtoken.engine.report import Report
@@ -85,7 +86,7 @@ class VisionHooks:
         """Register them; yields the handles."""
         self._thread = _Thread()
         tower, method = self.tower, self.session.compressor
-        inside = "vision_layer" in method.sites
+        inside = self._cuts
         scores = bool({"tower_attention", "tower_keys"} & method.needs)
         yield tower.module.register_forward_pre_hook(self._tower_pre, with_kwargs=True)
         yield tower.module.register_forward_hook(self._tower_post, always_call=True)
@@ -107,17 +108,26 @@ class VisionHooks:
             yield projector.register_forward_hook(self._project_post)
 
     @property
+    def _cuts(self) -> bool:
+        return "vision_layer" in self.session.compressor.sites
+
+    @property
     def _run(self) -> TowerRun | None:
         call = self._thread.call
         return call.runs[-1] if call is not None and call.runs else None
 
     def _tower_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tower, state = self.tower, self._thread
+        block = tower.blocks[0]
+        if block.training and getattr(block, "gradient_checkpointing", False) and self._cuts:
+            check_checkpointing(block, "tower blocks")
         pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states"))
         call = self.session.thread.encoder
         if call is None:  # a tower by itself
             call = EncoderCall("image", {"pixel_values": pixels})
-        state.call = call
+            self.session.thread.report = None
+        # What an aborted call left is taken away here, since hooks do not run after a KeyboardInterrupt.
+        state.call, state.features, state.projected, state.projecting = call, None, None, False
         call.tiles = pixels.shape[0]
         if tower.packed:
             grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
@@ -146,7 +156,7 @@ class VisionHooks:
         if len(args) > 1:
             kwargs = {**kwargs, "attention_mask": args[1]}
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if "vision_layer" in method.sites and 0 < number <= self.tower.feature_block:
+        if self._cuts and 0 < number <= self.tower.feature_block:
             tokens = run.units(hidden)
             context = self._context(run, tokens, inside=True)
             left = self.session.run_site(

@@ -27,8 +27,10 @@ from mmtoken.compressors import (
     UniformGrid,
     VisionZip,
 )
+from mmtoken.engine.report import Report
 from tests import oracle
 from tests.backbones.tiny_models import CELLS, build, inputs
+from tests.contract import reference
 
 Cell = tuple[str, str]
 """(family, modality)."""
@@ -130,6 +132,18 @@ def dense(cell: Cell, case: str, attn: str = "sdpa", tokens: int = 4, seed: int 
 def dense_logits(cell: Cell, case: str, attn: str = "sdpa") -> Tensor:
     """float[B, L, V]: logits of one forward call of the unmodified model."""
     return logits(tiny(cell[0], attn), batch(cell, case))
+
+
+@functools.cache
+def protected(cell: Cell, case: str, seed: int = 1) -> Tensor:
+    """bool[B, L]: separators among the visual tokens of a case."""
+    return reference.separators(tiny(cell[0]), batch(cell, case, seed))
+
+
+def keeps(report: Report, cell: Cell, case: str, seed: int = 1) -> dict[int, Tensor]:
+    """bool[B, L] per decoder layer: what a report of a call on this case says is left."""
+    depth = len(oracle.text_model(tiny(cell[0])).layers)
+    return reference.kept_by_layer(report, protected(cell, case, seed), depth)
 
 
 @torch.no_grad()

@@ -16,48 +16,45 @@ from tests.backbones.tiny_models import visual_mask
 KeepPerLayer = Mapping[int, Tensor]
 
 
-def kept_by_layer(report: Report, rows: int, length: int, depth: int) -> dict[int, Tensor]:
+def kept_by_layer(report: Report, separators: Tensor, depth: int) -> dict[int, Tensor]:
     """bool[B, L] for every decoder layer: the tokens that it sees.
 
-    Cuts between layers count from their layer on; every other site counts from the first layer on, and of those the
-    last one has the say. Separators are never dropped.
+    Cuts between layers count from their layer on; what was decided at other sites counts from the first layer on.
+
+    Args:
+        report: of one prefill.
+        separators: bool[b, L], see `separators`; beams repeat its rows.
+        depth: layers of the decoder.
     """
-    keep = torch.ones(rows, length, dtype=torch.bool)
-    protected = _separators(report)
-    between = [site for site in report.sites if site.site == "llm_layer"]
-    if not between:
-        _drop(keep, report, report.kept, protected)
-        return dict.fromkeys(range(depth), keep)
-    masks: dict[int, Tensor] = {}
-    cuts = {site.layer: site.kept for site in between}
-    assert len(cuts) == len(between)
+    rows = len(report.prompt_lengths)
+    never = separators.repeat_interleave(rows // len(separators), 0)
+
+    def mask(kept: Sequence[Tensor]) -> Tensor:
+        keep = torch.ones_like(never)
+        for row, places, left in zip(report.item_rows, report.places, kept, strict=True):
+            keep[row, places] = False
+            keep[row, places[left]] = True
+        return keep | never
+
+    cuts = {site.layer: mask(site.kept) for site in report.sites if site.site == "llm_layer"}
+    if not cuts:
+        return dict.fromkeys(range(depth), mask(report.kept))
+    keep = torch.ones_like(never)
+    masks = {}
     for layer in range(depth):
-        if layer in cuts:
-            keep = keep.clone()
-            _drop(keep, report, cuts[layer], protected)
-        masks[layer] = keep
+        keep = masks[layer] = cuts.get(layer, keep)
     return masks
 
 
-def _drop(keep: Tensor, report: Report, kept: Sequence[Tensor], protected: Sequence[Tensor]) -> None:
-    assert len(kept) == len(report.places) == len(report.item_rows)
-    for row, places, left, separators in zip(report.item_rows, report.places, kept, protected, strict=True):
-        keep[row, places] = False
-        keep[row, places[left]] = True
-        keep[row, places[separators]] = True
-
-
-def _separators(report: Report) -> list[Tensor]:
-    """Per item, indices into its places of the tokens that are never dropped."""
-    tokens = report.tokens
-    assert tokens is not None
-    flags = tokens.valid & tokens.protected
-    return [source[row] for source, row in zip(tokens.source, flags, strict=True)]
-
-
-def keeps(report: Report, model: nn.Module, length: int) -> dict[int, Tensor]:
-    """`kept_by_layer` for a call of this model on prompts of `length` tokens."""
-    return kept_by_layer(report, len(report.prompt_lengths), length, len(oracle.text_model(model).layers))
+def separators(model: nn.Module, inputs: oracle.Inputs) -> Tensor:
+    """bool[B, L]: newline tokens among the visual ones, found as those whose embedding is the model's newline."""
+    visual = visual_mask(model, inputs)
+    newline = getattr(model.base_model, "image_newline", None)
+    if newline is None:
+        return torch.zeros_like(visual)
+    with recording(model) as calls, torch.no_grad():
+        model(**oracle.clone(inputs))
+    return visual & (calls[0]["inputs_embeds"] == newline).all(-1)
 
 
 def assert_items_are_the_placeholders(report: Report, model: nn.Module, inputs: oracle.Inputs) -> None:
@@ -111,20 +108,21 @@ def recording(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
 
 
 @contextmanager
-def given_embeddings(model: nn.Module, embeds: Tensor, deepstack: Any = None) -> Iterator[nn.Module]:
-    """Put these embeddings (and DeepStack features) in the place of the prompt's own.
+def given_prompts(model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> Iterator[nn.Module]:
+    """Put other embeddings (and DeepStack features) in the place of the prompts' own.
 
     Args:
         model: the unmodified model.
-        embeds: float[B, L, D]; only calls of this length are changed, those that hold the prompt.
-        deepstack: `deepstack_visual_embeds` of such a call.
+        prompts: arguments of decoder calls; a call of the shape of one of them gets its features.
     """
+    by_shape = {prompt["inputs_embeds"].shape: prompt for prompt in prompts}
 
     def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs["inputs_embeds"].shape != embeds.shape:
+        prompt = by_shape.get(kwargs["inputs_embeds"].shape)
+        if prompt is None:
             return None
-        changed = {**kwargs, "inputs_embeds": embeds}
-        return args, changed if deepstack is None else {**changed, "deepstack_visual_embeds": deepstack}
+        names = ("inputs_embeds", "deepstack_visual_embeds")
+        return args, {**kwargs, **{name: prompt[name] for name in names if name in prompt}}
 
     handle = oracle.text_model(model).register_forward_pre_hook(change, with_kwargs=True)
     try:
@@ -133,15 +131,15 @@ def given_embeddings(model: nn.Module, embeds: Tensor, deepstack: Any = None) ->
         handle.remove()
 
 
-def with_merged(report: Report, call: Mapping[str, Any]) -> Tensor:
-    """float[B, L, D]: the decoder's input with the features of the surviving tokens at their places."""
+def with_merged(report: Report, call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call of the decoder with the features of the surviving tokens at their places."""
     embeds: Tensor = call["inputs_embeds"].clone()
     tokens = report.tokens
     assert tokens is not None
     for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
         valid = tokens.valid[item]
         embeds[row, places[tokens.source[item, valid]]] = tokens.features[item, valid]
-    return embeds
+    return {**call, "inputs_embeds": embeds}
 
 
 def alone(model: nn.Module, cell: tuple[str, str], inputs: oracle.Inputs, row: int) -> dict[str, Tensor]:

@@ -12,12 +12,11 @@ import torch
 from mmtoken import compress
 from tests import oracle
 from tests.backbones.tiny_models import CASES
-from tests.contract.matrix import COMPRESSORS, Cell, assert_close, batch, logits, pairs, tiny
+from tests.contract.matrix import COMPRESSORS, Cell, assert_close, batch, keeps, logits, pairs, tiny
 from tests.contract.reference import (
     alone,
     assert_items_are_the_placeholders,
-    given_embeddings,
-    keeps,
+    given_prompts,
     recording,
     with_merged,
 )
@@ -37,16 +36,35 @@ def test_dropping_equals_masking(name: str, cell: Cell, case: str, attn: str) ->
     assert len(session.reports) == 2
     assert_items_are_the_placeholders(report, model, inputs)
     assert sum(report.tokens_out) < sum(report.tokens_in)
-    keep = keeps(report, model, inputs["input_ids"].shape[1])
-    embeds = with_merged(report, calls[0]) if method.merges else calls[0]["inputs_embeds"]
-    deepstack = calls[0].get("deepstack_visual_embeds")
-    with given_embeddings(model, embeds, deepstack), oracle.masked_keys(model, keep):
+    keep = keeps(report, cell, case)
+    prompts = [with_merged(report, calls[0])] if method.merges else []
+    with given_prompts(model, prompts), oracle.masked_keys(model, keep):
         want_forward = logits(model, inputs)
         want = oracle.generate_with_logits(model, inputs, max_new_tokens=4)
     left = keep[max(keep)] & inputs["attention_mask"].bool()
     assert_close(forward[left], want_forward[left])
     assert_close(got.logits, want.logits)
     assert torch.equal(got.sequences, want.sequences)
+
+
+@pairs()
+@pytest.mark.parametrize("case", ["left_padded", "padded_ragged", "text_row"])
+def test_mask_mode_answers_like_drop_mode(name: str, cell: Cell, case: str) -> None:
+    model, inputs, method = tiny(cell[0]), batch(cell, case), COMPRESSORS[name]
+    with compress(model, method) as session:
+        dropped_forward = logits(model, inputs)
+        dropped = oracle.generate_with_logits(model, inputs, max_new_tokens=4)
+        report = session.report
+    with compress(model, method, mode="mask") as session:
+        forward = logits(model, inputs)
+        masked = oracle.generate_with_logits(model, inputs, max_new_tokens=4)
+    left = inputs["attention_mask"].bool()
+    assert_close(forward[left], dropped_forward[left])
+    assert_close(masked.logits, dropped.logits)
+    assert torch.equal(masked.sequences, dropped.sequences)
+    assert [kept.tolist() for kept in session.report.kept] == [kept.tolist() for kept in report.kept]
+    assert all(lengths == report.prompt_lengths for lengths in session.report.layer_lengths)
+    assert any(lengths != report.prompt_lengths for lengths in report.layer_lengths)
 
 
 @pairs()

@@ -322,6 +322,7 @@ def test_models_that_encode_no_images_into_text_are_refused(name: str) -> None:
         compress_inputs(build(name), DivPrune(keep=0.5), {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
 
 
+@needs_features
 @pytest.mark.parametrize("family", QWEN)
 def test_downscaling_dynamic_resolution_is_sent_to_the_processor(family: str) -> None:
     model = tiny(family)
@@ -329,6 +330,7 @@ def test_downscaling_dynamic_resolution_is_sent_to_the_processor(family: str) ->
         compress_inputs(model, BEFORE_DECODER["downscale"], inputs(model, family, "image", "plain"))
 
 
+@needs_features
 def test_an_attached_model_is_refused() -> None:
     model = build("llava")
     with compress(model, DivPrune(keep=0.5)), pytest.raises(MMTokenError, match="already has a compressor"):
