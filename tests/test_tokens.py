@@ -116,11 +116,11 @@ def test_new_tokens_are_in_original_order_and_stand_for_themselves():
 
 
 def test_a_video_token_knows_its_frame_and_separators_do_not_shift_it():
-    # Two frames of 1 x 2 tokens, a separator behind each.
-    protected = torch.tensor([[False, False, True, False, False, True]])
-    tokens = VisualTokens.from_features(torch.zeros(1, 6, 1), protected=protected, grid=((2, 1, 2),))
-    assert tokens.item[0, ~protected[0]].tolist() == [0, 0, 1, 1]
-    assert tokens.steps == (2,) and tokens.counts() == [4] and tokens.budget(1) == [2]
+    # Three frames of 1 x 2 tokens, a separator behind each.
+    protected = torch.tensor([[False, False, True] * 3])
+    tokens = VisualTokens.from_features(torch.zeros(1, 9, 1), protected=protected, grid=((3, 1, 2),))
+    assert tokens.item[0, ~protected[0]].tolist() == [0, 0, 1, 1, 2, 2]
+    assert tokens.steps == (3,) and tokens.counts() == [6] and tokens.budget(1) == [3]
 
 
 def test_features_without_an_item_dimension_are_refused_with_their_shape():

@@ -17,7 +17,8 @@ class FastV(Compressor):
     The best `keep` tokens of each item enter layer `layer`; earlier layers see all of them. Kept tokens keep their
     positions, as in the paper and the official code (R = 50 %, K = 2).
 
-    Differs from the official code: several images have a budget each; scores need no square attention matrix.
+    Differs from the paper's text, which averages the attention received from all tokens: as in its code, the last one
+    decides. Differs from the official code: several images have a budget each; scores need no square attention matrix.
 
     Attributes:
         layer: K, the first layer (0-based) that sees the kept tokens only; at least 1.

@@ -70,6 +70,13 @@ def test_equal_tokens_are_taken_from_the_lowest_index():
     assert select(torch.ones(6, 3), 3) == [0, 1, 2]
 
 
+def test_of_two_mutual_neighbours_the_lower_index_is_taken_whatever_rounding_says():
+    features = torch.randn(300, 11, 29, generator=torch.Generator().manual_seed(4))
+    eligible = torch.zeros(300, 11, dtype=torch.bool)
+    eligible[:, [2, 9]] = True  # each is the other's nearest, at the very same distance
+    assert maxmin_select(features, [1] * 300, eligible).nonzero()[:, 1].tolist() == [2] * 300
+
+
 def test_vectors_of_zeros_are_as_far_from_all_as_can_be_without_being_opposite():
     features = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.99, 0.01]])
     assert select(features, 1) == [1]  # distance 1 to both; the others are next to each other

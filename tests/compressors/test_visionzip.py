@@ -64,6 +64,8 @@ def test_selection_and_merging_are_the_plain_loop(sizes, seed, keep, contextual,
         (64, False, None, (54, 10)),  # the paper's
         (128, False, None, (108, 20)),
         (192, False, None, (162, 30)),
+        (6, False, None, (5, 1)),  # rounded, not cut off
+        (3, False, None, (3, 0)),
         (64, True, None, (53, 10)),  # CLS counts as one of the dominant ones
         (13, True, 4, (8, 4)),
         (1, False, None, (1, 0)),
