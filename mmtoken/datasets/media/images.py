@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmtoken.errors import InputError
 
@@ -57,7 +57,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, fi
         raise InputError(
             f"{name} claims {claimed} pixels, above the limit of {max_pixels}; scale the picture down."
         ) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise InputError(
             f"{name} is no picture (another type of file, a damaged header, or 0 x 0 pixels); give {_KINDS}."
         ) from error
