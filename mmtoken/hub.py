@@ -80,8 +80,8 @@ def load(
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"model={source!r} lacks {len(missing)} tensors, {missing[0]} among them; the checkpoint is incomplete, fetch "
-            "or export it again."
+            f"model={source!r} lacks {len(missing)} tensors, {missing[0]} among them; the checkpoint is incomplete, "
+            "fetch or export it again."
         )
     model.eval()
     if chosen is not None:
