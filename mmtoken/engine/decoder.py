@@ -115,7 +115,7 @@ class DecoderHooks:
         # Without pixels or features there are no visual tokens, even if a generated id equals the placeholder's.
         if not outputs and all(call.get(name) is None for name in _PIXELS):
             return
-        state.encoded = encoded_by(outputs)
+        state.encoded = encoded_by(outputs, state.made)
         state.input_ids = ids = call.get("input_ids")
         state.visual = {}
         for modality in self.backbone.modalities:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Literal, get_args
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.registry import adapt
 from mmtoken.compressors.base import Compressor, Context
 from mmtoken.compressors.registry import resolve
+from mmtoken.engine.cache import check_decoder
 from mmtoken.engine.decoder import DecoderHooks
 from mmtoken.engine.encode import Encoded, EncoderCall
 from mmtoken.engine.encoder import wrap_encoder
@@ -40,6 +42,7 @@ class ThreadState(threading.local):
 
     Attributes:
         encoder: the `get_*_features` call in progress.
+        made: outputs of encoders that are still in use, per modality.
         encoded: what encoders left behind for the forward in progress, per modality.
         visual: bool[B, L] visual positions of the forward in progress, per modality.
         input_ids: int[B, L] of that forward.
@@ -49,6 +52,7 @@ class ThreadState(threading.local):
         latest: the last report filed.
     """
 
+    made: WeakValueDictionary[str, Any]
     encoder: EncoderCall | None = None
     encoded: dict[str, Encoded] | None = None
     visual: dict[str, Tensor] | None = None
@@ -58,6 +62,9 @@ class ThreadState(threading.local):
     decode_positions: Tensor | None = None
     report: Report | None = None
     latest: Report | None = None
+
+    def __init__(self) -> None:
+        self.made = WeakValueDictionary()
 
 
 def check(
@@ -99,13 +106,7 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
         raise UnsupportedError(
             f"attn_implementation={implementation!r} is not supported; load the model with 'sdpa' or 'eager'."
         )
-    # Qwen sets it to None unless use_sliding_window; Mistral has no such switch.
-    window = getattr(decoder.config, "sliding_window", None)
-    if window is not None:
-        raise UnsupportedError(
-            f"sliding_window={window}: attention and caches with sliding windows cannot be compressed; models that "
-            "never see longer prompts may be loaded with sliding_window=None."
-        )
+    check_decoder(decoder.config)
 
 
 class Session(AbstractContextManager["Session"]):
@@ -133,14 +134,14 @@ class Session(AbstractContextManager["Session"]):
         self.mode = mode
         self.compressor = compressor
         self.backbone = adapt(model)
-        if visual is not None and (visual.dtype != torch.bool or visual.ndim != 2):
-            raise InputError(f"visual is {visual.dtype} of shape {tuple(visual.shape)}; expected bool[B, L].")
-        _check(self.backbone, compressor, visual)
         if any(_ATTACHED in module.__dict__ for module in self._parts()):
             raise MMTokenError(
                 "model already has a compressor attached; detach it first (the session that attach() returned, or "
                 "mmtoken.engine.session.attached(model)), or combine methods in one compressor."
             )
+        if visual is not None and (visual.dtype != torch.bool or visual.ndim != 2):
+            raise InputError(f"visual is {visual.dtype} of shape {tuple(visual.shape)}; expected bool[B, L].")
+        _check(self.backbone, compressor, visual)
         self.visual = visual
         self.reports: list[Report] = []
         self.clock: Callable[[], float] = time.perf_counter
