@@ -142,6 +142,7 @@ def test_a_square_lattice_is_square():
     assert lattice(4, (1, 4, 4)) == [5, 7, 13, 15]
     assert lattice(16, (1, 4, 4)) == list(range(16)) and lattice(1, (1, 3, 3)) == [4]
     assert lattice(2, (4, 1, 1)) == [1, 3]
+    assert len(set(lattice(10, (1, 2, 9)))) == 10  # a single band of nine columns would not hold them
 
 
 @settings(deadline=None)
