@@ -77,21 +77,23 @@ class PrivateConfig:
         for module in self.holders:
             module.config = self.config
 
-    @contextmanager
-    def tapped(self) -> Iterator[None]:
-        """Use the tapped attention inside, whatever the model uses otherwise."""
-        before = self.config._attn_implementation
-        self.config._attn_implementation = TAPPED_SDPA
-        try:
-            yield
-        finally:
-            self.config._attn_implementation = before
-
     def restore(self) -> None:
         for module in self.holders:
             module.config = self.original
 
 
+def tapped_copy(module: Any) -> Any:
+    """A shallow copy of an attention module that uses the tapped attention, whatever the model uses.
+
+    The module itself and its config stay as they are: other threads may be running it.
+    """
+    tapped = copy.copy(module)
+    tapped.config = copy.copy(module.config)
+    tapped.config._attn_implementation = TAPPED_SDPA
+    return tapped
+
+
+@torch.no_grad()
 def query_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, index: Tensor, past: int) -> Tensor:
     """Attention of one query per row, averaged over heads.
 
@@ -104,12 +106,13 @@ def query_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, i
         past: keys that precede the first query.
 
     Returns:
-        float32[B, k], softmax over the keys that the query may see.
+        float32[B, k], softmax over the keys that the query may see. Nothing is recorded for gradients: checkpointing
+        runs the layer again without a listener and compares what was recorded.
     """
     rows, heads, _, width = query.shape
     groups, length = key.shape[1], key.shape[2]
-    picked = query.gather(2, index.view(-1, 1, 1, 1).expand(-1, heads, 1, width)).detach().float()
-    scores = torch.einsum("bghd,bgkd->bghk", picked.view(rows, groups, heads // groups, width), key.detach().float())
+    picked = query.gather(2, index.view(-1, 1, 1, 1).expand(-1, heads, 1, width)).float()
+    scores = picked.view(rows, groups, heads // groups, width) @ key.float().transpose(-1, -2)
     scores = scores.flatten(1, 2) * scaling
     if mask is None:
         allowed = torch.arange(length, device=key.device) <= (past + index)[:, None]

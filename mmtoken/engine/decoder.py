@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from mmtoken.backbones.base import Modality
 from mmtoken.engine import attention, gather, masks
 from mmtoken.engine.cache import LogicalLayer, logical_layer, make_logical, new_cache
-from mmtoken.engine.compat import CACHE, cache_in, with_cache
+from mmtoken.engine.compat import CACHE, cache_in, check_checkpointing, with_cache
 from mmtoken.engine.encoder import encoded_by, forget
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mmtoken.engine.session import Session
 
 _PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
+_BEFORE_DECODER = {"frames", "vision_layer", "project", "llm_input"}
 _DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", CACHE)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -49,7 +50,6 @@ class DecoderHooks:
         self.depth = depth
         self.cuts = self.compressor.cut_layers(depth)
         self.scored = self.compressor.score_layers(depth)
-        self.private: attention.PrivateConfig | None = None
         self.tapped: dict[int, int] = {}
         root = self.backbone.root
         self.separate_root = root is not decoder
@@ -79,10 +79,10 @@ class DecoderHooks:
         if not ({"text_attention", "next_attention"} & self.compressor.needs):
             return
         attention.register()
-        self.private = attention.PrivateConfig(self.decoder)
-        undo.callback(self.private.restore)
-        if self.private.config._attn_implementation == "sdpa":
-            self.private.config._attn_implementation = attention.TAPPED_SDPA
+        if self.scored and self.decoder.config._attn_implementation == "sdpa":
+            private = attention.PrivateConfig(self.decoder)
+            undo.callback(private.restore)
+            private.config._attn_implementation = attention.TAPPED_SDPA
             self.tapped = {id(self.decoder.layers[number].self_attn): number for number in self.scored}
 
     def _follow_deepstack(self, undo: ExitStack) -> None:
@@ -111,7 +111,7 @@ class DecoderHooks:
         bound = self.signature.bind_partial(module, *args, **kwargs).arguments
         call = {**bound, **bound.get("kwargs", {})}
         outputs = call.get("mm_encoder_outputs") or {}
-        state.visual = None
+        self._clear()
         # Without pixels or features there are no visual tokens, even if a generated id equals the placeholder's.
         if not outputs and all(call.get(name) is None for name in _PIXELS):
             return
@@ -134,6 +134,7 @@ class DecoderHooks:
         state = self.thread
         state.visual = state.encoded = state.input_ids = state.prefill = None
         state.decode_mask = state.decode_positions = None
+        attention.listen(None)
 
     def _visual_masks(self, rows: int, length: int, past: int) -> Mapping[str, Tensor] | None:
         """bool[B, L] per modality for this decoder call, None if it holds no visual tokens."""
@@ -149,6 +150,9 @@ class DecoderHooks:
         return found if found is not None and any(bool(mask.any()) for mask in found.values()) else None
 
     def _decoder_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        # Hooks do not run after a KeyboardInterrupt, so what an aborted call left is taken away here.
+        self.thread.prefill = self.thread.decode_mask = self.thread.decode_positions = None
+        attention.listen(None)
         kwargs = {**dict(zip(_DECODER_ARGUMENTS, args, strict=False)), **kwargs}
         ids = kwargs.get("input_ids")
         rows, length = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
@@ -205,11 +209,8 @@ class DecoderHooks:
         use_cache = kwargs.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         checkpointing = self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False)
-        if checkpointing and self.cuts and not _hooks_run_outside_checkpoints(self.decoder):
-            raise UnsupportedError(
-                "gradient_checkpointing=True with cuts between layers: this transformers version runs hooks again in "
-                "the recomputation; upgrade transformers or disable checkpointing."
-            )
+        if checkpointing and self.cuts:
+            check_checkpointing(self.decoder.layers[0], "decoder layers")
         if cache is None and use_cache and not checkpointing:
             # The decoder would create it inside; it must have logical layers before masks are made.
             cache = new_cache(self.decoder.config)
@@ -219,10 +220,14 @@ class DecoderHooks:
 
     def _decide(self, call: Prefill) -> tuple[Tensor, Tensor]:
         """Let the compressor act on the prompt: (embeds with merged features float[B, L, D], bool[B, L] left)."""
+        if not self.compressor.sites & _BEFORE_DECODER:
+            return call.embeds, ~call.dropped
         tokens = self._select_encoded(call)
         if "llm_input" in self.compressor.sites:
             context = CallContext(call, self.depth)
-            tokens = self.session.run_site("llm_input", None, tokens, lambda t: self.compressor.llm_input(t, context))
+            tokens = self.session.run_site(
+                "llm_input", None, tokens, context, lambda t: self.compressor.llm_input(t, context)
+            )
         keep = call.apply(tokens)
         merged = self.compressor.merges and bool(self.compressor.sites & {"llm_input", "project"})
         return call.write(tokens, call.embeds) if merged else call.embeds, keep
@@ -236,7 +241,7 @@ class DecoderHooks:
         if "project" in acted and not self.backbone.tokenwise_projector:
             context = CallContext(call, 0)
             return self.session.run_site(
-                "project", None, tokens, lambda t: self.compressor.project(t, lambda already: already, context)
+                "project", None, tokens, context, lambda t: self.compressor.project(t, lambda already: already, context)
             )
         if items.mass is None:
             if acted == {"frames"}:  # images have no frames to leave out
@@ -332,7 +337,7 @@ class DecoderHooks:
         context = CallContext(call, self.depth, functools.partial(self._probe, call, number, layer, hidden, kwargs))
         tokens = call.tokens.replace(features=call.hidden(call.tokens, hidden))
         tokens = self.session.run_site(
-            "llm_layer", number, tokens, lambda t: self.compressor.llm_layer(t, number, context)
+            "llm_layer", number, tokens, context, lambda t: self.compressor.llm_layer(t, number, context)
         )
         keep = call.apply(tokens)
         if self.compressor.merges:
@@ -346,8 +351,11 @@ class DecoderHooks:
     def _cut_arguments(self, call: Prefill, number: int, given: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
         """A layer's other arguments after a cut; computed once per cut and argument object."""
         cut = call.cut
-        assert call.base is not None
-        relative = call.base.rank.gather(1, cut.index)
+
+        @functools.cache
+        def relative() -> Tensor:
+            assert call.base is not None
+            return call.base.rank.gather(1, cut.index)
 
         def once(name: str, make: Callable[[Any], Any]) -> Any:
             value = given.get(name)
@@ -363,14 +371,20 @@ class DecoderHooks:
 
         def tables(value: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if cut.position_ids is None:
-                return tuple(gather.rows(table, relative) for table in value)
+                return tuple(gather.rows(table, relative()) for table in value)
             axes = cut.position_ids[-3:] if cut.position_ids.ndim == 3 else cut.position_ids
             rotated: tuple[Tensor, ...] = self.decoder.rotary_emb(hidden, axes)
             return rotated
 
+        def ids(value: Tensor) -> Tensor:
+            moved = cut.position_ids
+            if moved is None:
+                return gather.last(value, relative())
+            return moved[0] if moved.ndim > value.ndim else moved  # of several axes layers get the text's
+
         changed = {**given, "attention_mask": once("attention_mask", mask)}
         if given.get("position_ids") is not None:
-            changed["position_ids"] = once("position_ids", lambda ids: gather.last(ids, relative))
+            changed["position_ids"] = once("position_ids", ids)
         if given.get("position_embeddings") is not None:
             changed["position_embeddings"] = once("position_embeddings", tables)
         return changed
@@ -381,10 +395,13 @@ class DecoderHooks:
         """Listener: keep the attention of the last prompt token in the layers that are read."""
         number = self.tapped.get(id(module))
         if number is not None:
+            started = self.session.clock()
             stored = logical_layer(call.cache, number)
             past = 0 if stored is None else stored.stored() - query.shape[2]
             row = attention.query_row(query, key, mask, scaling, call.last_row(), past)
             call.scores[number] = (row, past, call.cut)
+            assert self.thread.report is not None
+            self.thread.report.listening_seconds += self.session.clock() - started
         return False
 
     def _probe(self, call: Prefill, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -401,9 +418,8 @@ class DecoderHooks:
             rows.append(row[:, : past + query.shape[2]])
             return True
 
-        assert self.private is not None
-        with torch.no_grad(), attention.listening(listener), self.private.tapped():
-            layer.self_attn(
+        with torch.no_grad(), attention.listening(listener):
+            attention.tapped_copy(layer.self_attn)(
                 hidden_states=layer.input_layernorm(hidden),
                 position_embeddings=kwargs.get("position_embeddings"),
                 attention_mask=kwargs.get("attention_mask"),
@@ -492,9 +508,3 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
         return (hidden, *output[1:])
     output["last_hidden_state"] = hidden
     return output
-
-
-def _hooks_run_outside_checkpoints(decoder: Any) -> bool:
-    """Whether checkpointing wraps a layer's forward (later transformers) and not its call with all hooks (5.17)."""
-    kinds = type(decoder.layers[0]).__mro__
-    return not any("__call__" in kind.__dict__ for kind in kinds if kind not in (nn.Module, object))

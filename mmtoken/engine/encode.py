@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmtoken.backbones.base import Backbone, Layout, Modality
 from mmtoken.compressors.base import Compressor, Context, Need
+from mmtoken.engine.report import SiteReport
 from mmtoken.engine.tower import TowerRun
 from mmtoken.errors import InputError, UnsupportedError
 from mmtoken.tokens import VisualTokens
@@ -29,6 +30,7 @@ class Encoded:
         attention, keys: what the tower paid to each token, and its keys; None unless asked for.
         cls: float[items, D] CLS features where the projector reads, None without CLS.
         seeds: an integer per item computed from its pixels, None unless asked for.
+        sites: what the compressor did during the call.
         seconds: wall time of the call.
     """
 
@@ -40,6 +42,7 @@ class Encoded:
     keys: Tensor | None = None
     cls: Tensor | None = None
     seeds: list[int] | None = None
+    sites: list[SiteReport] = field(default_factory=list)
     seconds: float = 0.0
 
 

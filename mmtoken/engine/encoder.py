@@ -40,6 +40,7 @@ def wrap_encoder(session: Session, modality: Modality, undo: ExitStack) -> None:
         bound = signature.bind(*args, **kwargs).arguments
         given = {**bound, **bound.get("kwargs", {})}
         given.pop("kwargs", None)
+        state.report = Report(type(session.compressor).__name__)
         started = session.clock()
         arguments, picks = _pick_frames(session, modality, given)
         call = state.encoder = EncoderCall(modality, arguments)
@@ -52,6 +53,8 @@ def wrap_encoder(session: Session, modality: Modality, undo: ExitStack) -> None:
         if picks is not None:
             tiles = sum(len(clip) for clip in backbone.clips(given))
             record = fill_frames(output, record, backbone.layout(modality, given, tiles), picks)
+        report = session.take_report()
+        record.sites = [] if report is None else report.sites
         record.seconds = session.clock() - started
         if hasattr(output, "pooler_output"):
             setattr(output, _RECORD, record)
@@ -75,9 +78,8 @@ def _pick_frames(
     seeds = EncoderCall(modality, given).seeds(backbone) if "content_seed" in method.needs else None
     started = session.clock()
     picks = choose_frames(method, clips, seeds)
-    report = session.thread.report = Report(type(method).__name__)
     before, after = [len(clip) for clip in clips], [len(pick) for pick in picks]
-    report.sites.append(SiteReport("frames", None, before, after, picks, session.clock() - started))
+    session.note(SiteReport("frames", None, before, after, picks, session.clock() - started))
     return backbone.with_frames(given, picks), picks
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmtoken.backbones.base import Modality
+from mmtoken.backbones.registry import adapt
 from mmtoken.compressors.base import Compressor
 from mmtoken.compressors.registry import resolve
 from mmtoken.engine import gather
+from mmtoken.engine.compat import takes_encoded_images
 from mmtoken.engine.positions import generation_positions, renumber
 from mmtoken.engine.session import Session
 from mmtoken.errors import InputError, UnsupportedError
@@ -46,23 +48,25 @@ def compress_inputs(
         InputError: input_ids or pixels are missing.
     """
     method = resolve(compressor)
-    session = Session(model, method, None)
-    with session:
+    backbone = adapt(model)
+    if backbone.decoder is None or backbone.tower() is None:
+        raise UnsupportedError(
+            f"compress_inputs needs a model that encodes images into a prompt; this is a {backbone.name}."
+        )
+    if "llm_layer" in method.sites:
+        raise UnsupportedError(
+            f"{type(method).__name__} acts between decoder layers, so no shorter prompt exists; use compress()."
+        )
+    if not takes_encoded_images(backbone.root):
+        raise UnsupportedError(
+            "This transformers version takes no mm_encoder_outputs; upgrade transformers, or use compress()."
+        )
+    with Session(model, method, None) as session:
         return _compress(model, method, session, dict(inputs))
 
 
 def _compress(model: PreTrainedModel, method: Compressor, session: Session, inputs: dict[str, Any]) -> dict[str, Any]:
     backbone = session.backbone
-    if backbone.decoder is None or backbone.tower() is None:
-        raise UnsupportedError(f"compress_inputs needs a model that encodes images; {backbone.name} does not.")
-    if "llm_layer" in method.sites:
-        raise UnsupportedError(
-            f"{type(method).__name__} acts between decoder layers, so no shorter prompt exists; use compress()."
-        )
-    if "mm_encoder_outputs" not in inspect.signature(type(backbone.root).forward).parameters:
-        raise UnsupportedError(
-            "This transformers version takes no mm_encoder_outputs; upgrade transformers, or use compress()."
-        )
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor):
         raise InputError("inputs has no input_ids; hand in what the processor returned.")
@@ -126,7 +130,8 @@ def _shorten_output(output: Any, embeds: Tensor, keep: Tensor, visual: Tensor) -
     """Replace the features of an encoder output by the kept ones, one entry per prompt row.
 
     Entries per row let `generate` repeat them for beams, which it matches by cumulative counts. Models that stack
-    their features need equal counts: shorter rows are filled up with zeros in front.
+    their features keep one entry per item if all are left with equal counts; otherwise shorter rows are filled up with
+    zeros in front.
 
     Returns:
         int[B]: how many zeros each row got, None if no row needed any.
@@ -140,6 +145,10 @@ def _shorten_output(output: Any, embeds: Tensor, keep: Tensor, visual: Tensor) -
         output.deepstack_features = [list(torch.split(_flat(layer)[keep[visual]], lengths)) for layer in deepstack]
     if not isinstance(output.pooler_output, Tensor):
         output.pooler_output = parts
+        return None
+    width, items = embeds.shape[-1], len(output.pooler_output)
+    if len(set(keep[visual].view(items, -1).sum(-1).tolist())) == 1:
+        output.pooler_output = embeds[left].view(items, -1, width)
         return None
     longest = int(counts.max())
     output.pooler_output = torch.stack([F.pad(part, (0, 0, longest - len(part), 0)) for part in parts])

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def start_report(session: Session, call: Prefill, decoder: Any, encoded: Mapping[str, Encoded]) -> None:
     """Note what came in."""
     state = session.thread
-    report = state.report = state.report or Report(type(session.compressor).__name__)
+    sites = [site for record in encoded.values() for site in record.sites]
+    report = state.report = Report(type(session.compressor).__name__, sites)
     report.item_rows = list(call.items.rows)
     report.places = [places for _, places in call.items.spans()]
     report.tokens_in = call.tokens.counts()

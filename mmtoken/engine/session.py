@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.registry import adapt
-from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.base import Compressor, Context
 from mmtoken.compressors.registry import resolve
 from mmtoken.engine.cache import check_decoder
 from mmtoken.engine.decoder import DecoderHooks
@@ -49,6 +49,7 @@ class ThreadState(threading.local):
         prefill: the decoder call in progress, if it holds visual tokens.
         decode_mask, decode_positions: logical mask and position ids of the decoder call in progress, if it does not.
         report: the report being filled.
+        latest: the last report filed.
     """
 
     made: WeakValueDictionary[str, Any]
@@ -60,6 +61,7 @@ class ThreadState(threading.local):
     decode_mask: Tensor | None = None
     decode_positions: Tensor | None = None
     report: Report | None = None
+    latest: Report | None = None
 
     def __init__(self) -> None:
         self.made = WeakValueDictionary()
@@ -110,11 +112,14 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
 class Session(AbstractContextManager["Session"]):
     """A compressor attached to a model. Made by `attach` or `compress`.
 
+    The model holds its session: it stays attached until `detach`, also when no variable refers to the session any more
+    (`attached(model)` finds it again). A model may run in several threads; each sees its own `report`.
+
     Attributes:
         model, compressor, visual, mode: as handed in.
         backbone: the model's adapter.
-        reports: one `Report` per prefill (or call of a bare tower), oldest first. Only the last one holds `tokens`, so
-            that a long run keeps numbers and not features; clear the list to keep nothing.
+        reports: one `Report` per prefill (or call of a bare tower), oldest first. Only a thread's last one holds
+            `tokens`, so that a long run keeps numbers and not features; clear the list to keep nothing.
         thread: state of running calls; the engine's own.
         hooks: hooks on the decoder, None for a bare tower; the engine's own.
         clock: seconds, what reports measure time with; wall time unless a benchmark sets another one.
@@ -129,9 +134,10 @@ class Session(AbstractContextManager["Session"]):
         self.mode = mode
         self.compressor = compressor
         self.backbone = adapt(model)
-        if any(_ATTACHED in module.__dict__ for module in (model, self.backbone.root)):
+        if any(_ATTACHED in module.__dict__ for module in self._parts()):
             raise MMTokenError(
-                "model already has a compressor attached; detach it first, or combine methods in one compressor."
+                "model already has a compressor attached; detach it first (the session that attach() returned, or "
+                "mmtoken.engine.session.attached(model)), or combine methods in one compressor."
             )
         if visual is not None and (visual.dtype != torch.bool or visual.ndim != 2):
             raise InputError(f"visual is {visual.dtype} of shape {tuple(visual.shape)}; expected bool[B, L].")
@@ -145,8 +151,14 @@ class Session(AbstractContextManager["Session"]):
             self._install(undo)
             self._undo = undo.pop_all()
 
+    def _parts(self) -> list[Any]:
+        """The modules that a session has for itself: another one on a part would compress twice."""
+        tower = self.backbone.tower()
+        parts = [self.model, self.backbone.root, self.backbone.decoder, None if tower is None else tower.module]
+        return [part for part in parts if part is not None]
+
     def _install(self, undo: ExitStack) -> None:
-        for module in (self.model, self.backbone.root):
+        for module in self._parts():
             object.__setattr__(module, _ATTACHED, self)
             undo.callback(module.__dict__.pop, _ATTACHED, None)
         tower = self.backbone.tower()
@@ -161,14 +173,14 @@ class Session(AbstractContextManager["Session"]):
 
     @property
     def report(self) -> Report:
-        """Measurements of the last prefill.
+        """Measurements of this thread's last prefill (of the last one of all, if this thread has run none).
 
         Raises:
             MMTokenError: the model has not been called with visual tokens yet.
         """
         if not self.reports:
             raise MMTokenError("report is empty: call the model with an image or video first.")
-        return self.reports[-1]
+        return self.thread.latest or self.reports[-1]
 
     def detach(self) -> None:
         """Take away every hook and attribute; safe to repeat."""
@@ -186,28 +198,47 @@ class Session(AbstractContextManager["Session"]):
         raise UnsupportedError("A model with a compressor attached cannot be pickled; detach it first.")
 
     def run_site(
-        self, site: str, layer: int | None, tokens: VisualTokens, method: Callable[[VisualTokens], VisualTokens]
+        self,
+        site: str,
+        layer: int | None,
+        tokens: VisualTokens,
+        context: Context,
+        method: Callable[[VisualTokens], VisualTokens],
     ) -> VisualTokens:
-        """Call the compressor at a site and note what it did."""
+        """Call the compressor at a site and note what it read and did."""
         before = tokens.counts()
+        context.scores = None
         started = self.clock()
         left = method(tokens)
         seconds = self.clock() - started
-        if self.thread.report is None:
-            self.thread.report = Report(type(self.compressor).__name__)
-        self.thread.report.sites.append(SiteReport(site, layer, before, left.counts(), left.kept(), seconds))
+        kept = left.kept()
+        scores = None if context.scores is None else tokens.per_item(context.scores.detach())
+        self.note(SiteReport(site, layer, before, [len(k) for k in kept], kept, seconds, scores))
         return left
 
-    def file(self, report: Report) -> None:
-        """Add a finished report."""
-        for earlier in self.reports[-1:]:
-            earlier.tokens = None
-        self.reports.append(report)
+    def note(self, site: SiteReport) -> None:
+        """Add a compressor call to the report being filled."""
+        if self.thread.report is None:
+            self.thread.report = Report(type(self.compressor).__name__)
+        self.thread.report.sites.append(site)
 
     def take_report(self) -> Report | None:
         """The report being filled, handed over to whoever files it."""
         report, self.thread.report = self.thread.report, None
         return report
+
+    def file(self, report: Report) -> None:
+        """Add a finished report; features stay with the last one of each thread only."""
+        if self.thread.latest is not None:
+            self.thread.latest.tokens = None
+        self.reports.append(report)
+        self.thread.latest = report
+
+
+def attached(model: PreTrainedModel) -> Session | None:
+    """The session of a model that has a compressor attached, None for a plain model."""
+    session: Session | None = model.__dict__.get(_ATTACHED)
+    return session
 
 
 def attach(

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from mmtoken.backbones.base import Tower
 from mmtoken.compressors.base import Context
 from mmtoken.engine import gather
+from mmtoken.engine.compat import check_checkpointing
 from mmtoken.engine.encode import EncoderCall
 from mmtoken.engine.measure import note_tokens
 from mmtoken.engine.report import Report
@@ -45,7 +46,8 @@ class TowerContext(Context):
         return values.gather(1, tokens.source) if values.ndim == 2 else gather.rows(values, tokens.source)
 
     def tower_attention(self, tokens: VisualTokens) -> Tensor:
-        return self._of(self.run.attention(), tokens)
+        self.scores = self._of(self.run.attention(), tokens)
+        return self.scores
 
     def tower_keys(self, tokens: VisualTokens) -> Tensor:
         return self.run.keys_of(tokens) if self._inside else self._of(self.run.mean_keys(), tokens)
@@ -84,7 +86,7 @@ class VisionHooks:
         """Register them; yields the handles."""
         self._thread = _Thread()
         tower, method = self.tower, self.session.compressor
-        inside = "vision_layer" in method.sites
+        inside = self._cuts
         scores = bool({"tower_attention", "tower_keys"} & method.needs)
         yield tower.module.register_forward_pre_hook(self._tower_pre, with_kwargs=True)
         yield tower.module.register_forward_hook(self._tower_post, always_call=True)
@@ -106,17 +108,26 @@ class VisionHooks:
             yield projector.register_forward_hook(self._project_post)
 
     @property
+    def _cuts(self) -> bool:
+        return "vision_layer" in self.session.compressor.sites
+
+    @property
     def _run(self) -> TowerRun | None:
         call = self._thread.call
         return call.runs[-1] if call is not None and call.runs else None
 
     def _tower_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tower, state = self.tower, self._thread
+        block = tower.blocks[0]
+        if block.training and getattr(block, "gradient_checkpointing", False) and self._cuts:
+            check_checkpointing(block, "tower blocks")
         pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states"))
         call = self.session.thread.encoder
         if call is None:  # a tower by itself
             call = EncoderCall("image", {"pixel_values": pixels})
-        state.call = call
+            self.session.thread.report = None
+        # What an aborted call left is taken away here, since hooks do not run after a KeyboardInterrupt.
+        state.call, state.features, state.projected, state.projecting = call, None, None, False
         call.tiles = pixels.shape[0]
         if tower.packed:
             grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
@@ -145,11 +156,11 @@ class VisionHooks:
         if len(args) > 1:
             kwargs = {**kwargs, "attention_mask": args[1]}
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if "vision_layer" in method.sites and 0 < number <= self.tower.feature_block:
+        if self._cuts and 0 < number <= self.tower.feature_block:
             tokens = run.units(hidden)
             context = self._context(run, tokens, inside=True)
             left = self.session.run_site(
-                "vision_layer", number, tokens, lambda t: method.vision_layer(t, number, context)
+                "vision_layer", number, tokens, context, lambda t: method.vision_layer(t, number, context)
             )
             hidden = run.shorten(hidden, left)
         kwargs = run.block_arguments(kwargs, method.size_bias)
@@ -210,10 +221,12 @@ class VisionHooks:
             context = self._context(run, tokens, inside=False)
             if "project" in method.sites:
                 tokens = self.session.run_site(
-                    "project", None, tokens, lambda t: method.project(t, lambda same: same, context)
+                    "project", None, tokens, context, lambda t: method.project(t, lambda same: same, context)
                 )
             if "llm_input" in method.sites:
-                tokens = self.session.run_site("llm_input", None, tokens, lambda t: method.llm_input(t, context))
+                tokens = self.session.run_site(
+                    "llm_input", None, tokens, context, lambda t: method.llm_input(t, context)
+                )
         report = self.session.take_report() or Report(type(method).__name__)
         report.item_rows = list(range(len(tokens)))
         report.tokens_in = counts
@@ -242,7 +255,7 @@ class VisionHooks:
 
         context = self._context(run, tokens, inside=False)
         method = self.session.compressor
-        left = self.session.run_site("project", None, tokens, lambda t: method.project(t, default, context))
+        left = self.session.run_site("project", None, tokens, context, lambda t: method.project(t, default, context))
         state.projected, state.length = left, features.shape[1]
         call = state.call
         assert call is not None

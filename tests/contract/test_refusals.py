@@ -70,10 +70,7 @@ ATTACH: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "a decoder method on a bare tower": (lambda: tiny("clip_vision"), COMPRESSORS["fastv"], "this is a bare tower"),
     "progressive cuts on a bare tower": (lambda: tiny("siglip_vision"), COMPRESSORS["pyramiddrop"], "a bare tower"),
     "a layer beyond the depth": (lambda: tiny("llava"), FastV(layer=4), "layer=4 but this decoder has 4 layers"),
-    "the first layer": (lambda: tiny("llava"), FastV(layer=0), "layer=0 .* choose from 1 to 3"),
     "a stage beyond the depth": (lambda: tiny("qwen3_vl"), PyramidDrop(layers=(1, 9)), "layers=9 but"),
-    "stages out of order": (lambda: tiny("smolvlm"), PyramidDrop(layers=(3, 1)), "ascending"),
-    "shares without stages": (lambda: tiny("llava"), PyramidDrop(layers=(1, 2), shares=(0.5,)), "1 stages"),
     "flash attention": (
         lambda: with_attention("flash_attention_2"),
         DivPrune(),
