@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmtoken.engine.inputs import compress_inputs
     from mmtoken.engine.report import Report
-    from mmtoken.engine.session import Session, attach, check, compress
+    from mmtoken.engine.session import Session, attach, attached, check, compress
     from mmtoken.errors import MMTokenError
     from mmtoken.hub import list_models, load, save
     from mmtoken.tokens import VisualTokens
@@ -34,6 +34,7 @@ _HOMES = {
     "Session": "mmtoken.engine.session",
     "VisualTokens": "mmtoken.tokens",
     "attach": "mmtoken.engine.session",
+    "attached": "mmtoken.engine.session",
     "check": "mmtoken.engine.session",
     "compress": "mmtoken.engine.session",
     "compress_inputs": "mmtoken.engine.inputs",
@@ -48,6 +49,7 @@ __all__ = [
     "Session",
     "VisualTokens",
     "attach",
+    "attached",
     "check",
     "compress",
     "compress_inputs",

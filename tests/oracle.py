@@ -24,6 +24,9 @@ Inputs = Mapping[str, Any]
 CACHE = "cache" if "cache" in inspect.signature(masking_utils.create_causal_mask).parameters else "past_key_values"
 """What this version of transformers calls the cache."""
 
+ENCODES_APART = hasattr(transformers.GenerationMixin, "_expand_multimodal_outputs")
+"""Whether this version's `generate` encodes pixels before and apart from the forward."""
+
 
 # ------------------------------------------------------------------------------------------------- the masked model
 

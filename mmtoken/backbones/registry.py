@@ -23,11 +23,19 @@ def adapt(model: PreTrainedModel) -> Backbone:
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"model is a {type(model).__name__}; expected a transformers PreTrainedModel.")
-    kind = model.config.model_type
+    return check_model_type(model.config.model_type)(model)
+
+
+def check_model_type(model_type: str) -> type[Backbone]:
+    """The adapter class of a `config.model_type`.
+
+    Raises:
+        UnsupportedError: there is none; the message lists the families that have one.
+    """
     known = {name: adapter for adapter in ADAPTERS for name in adapter.model_types}
-    if kind not in known:
-        raise UnsupportedError(f"model_type={kind!r} has no adapter{near_names(kind, known)}.")
-    return known[kind](model)
+    if model_type not in known:
+        raise UnsupportedError(f"model_type={model_type!r} has no adapter{near_names(model_type, known)}.")
+    return known[model_type]
 
 
 def facts() -> list[dict[str, str]]:

@@ -9,11 +9,18 @@ A YAML names classes to import: treat a recipe like code, and run only those you
 
 from __future__ import annotations
 
+import pickle
 import warnings
+from argparse import ArgumentError
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from mmtoken.errors import CheckpointError, MMTokenError
 
 
 class RecipeCLI(LightningCLI):
@@ -33,16 +40,43 @@ class RecipeCLI(LightningCLI):
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             super().parse_arguments(parser, args)
 
+    def before_fit(self) -> None:
+        self._check_checkpoint()
 
-def main(argv: list[str], subcommand: str = "fit") -> None:
-    """Run `mmtoken fit ...` or `mmtoken validate ...` with the arguments after the sub-command."""
-    RecipeCLI(
-        model_class=L.LightningModule,
-        datamodule_class=L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "mmtoken"},
-        args=[subcommand, *argv],
-    )
+    def before_validate(self) -> None:
+        self._check_checkpoint()
+
+    def _check_checkpoint(self) -> None:
+        """Refuse a damaged checkpoint, or one that holds more than tensors and numbers: Lightning would unpickle it."""
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path is None or not Path(path).suffix:  # "last", "best"
+            return
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CheckpointError(
+                f"ckpt_path={path!r} is no checkpoint of an `mmtoken fit` run ({reason}); give its last.ckpt."
+            ) from error
+
+
+def main(argv: list[str], subcommand: str = "fit") -> int:
+    """Run `mmtoken fit ...` or `mmtoken validate ...` with the arguments after the sub-command; 0 on success.
+
+    Raises:
+        MMTokenError: the recipe or an option cannot be used.
+    """
+    try:
+        RecipeCLI(
+            model_class=L.LightningModule,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "mmtoken", "exit_on_error": False},
+            args=[subcommand, *argv],
+        )
+    except (ArgumentError, MisconfigurationException) as error:
+        raise MMTokenError(f"{subcommand}: {error}") from error
+    return 0

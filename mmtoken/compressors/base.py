@@ -35,6 +35,9 @@ class Context(ABC):
     original_counts: list[int]
     """Eligible tokens per item before any cut of this call."""
 
+    scores: Tensor | None = None
+    """float[B, N]: the attention that the method read last, for the report; None if it read none."""
+
     @abstractmethod
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         """An integer per item from the exact bits of its pixels: equal for the same image in any batch or beam."""
@@ -158,7 +161,22 @@ class Compressor(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """`{"class_path": ..., "init_args": ...}`, the form of YAML files, hub JSON and the command line."""
-        return {"class_path": f"mmtoken.compressors.{type(self).__name__}", "init_args": self.settings()}
+        module = type(self).__module__
+        # mmtoken's own are named where they are public, so that files outlive a move; others where they are.
+        package = "mmtoken.compressors" if module.startswith("mmtoken.compressors.") else module
+        return {"class_path": f"{package}.{type(self).__name__}", "init_args": self.settings()}
+
+
+def check_whole(field: str, value: object, lowest: int) -> None:
+    """Refuse a setting that is not a whole number of at least `lowest`.
+
+    Raises:
+        MMTokenError: it is a bool, another type, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise MMTokenError(f"{field}={value!r} is a {type(value).__name__}; give an int of at least {lowest}.")
+    if value < lowest:
+        raise MMTokenError(f"{field}={value!r} is too small; give an int of at least {lowest}.")
 
 
 def check_layers(field: str, layers: Sequence[int], depth: int, lowest: int) -> None:

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool3d
 
-from mmtoken.compressors.base import Budget, Compressor, Context, Need, Positions
-from mmtoken.errors import InputError, MMTokenError
+from mmtoken.compressors.base import Budget, Compressor, Context, Need, Positions, check_whole
+from mmtoken.errors import InputError
 from mmtoken.tokens import Grid, VisualTokens, kept_count
 
 _MASK = 0x7FFFFFFFFFFFFFFF
@@ -38,6 +38,10 @@ class Random(Compressor):
     paper: ClassVar[str] = "control"
     needs: ClassVar[frozenset[Need]] = frozenset({"content_seed"})
     control: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("seed", self.seed, lowest=0)
 
     def llm_input(self, tokens: VisualTokens, ctx: Context) -> VisualTokens:
         scores = torch.zeros(tokens.source.shape)
@@ -121,8 +125,7 @@ class Downscale(Compressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.token_pixels, bool) or not isinstance(self.token_pixels, int) or self.token_pixels < 1:
-            raise MMTokenError(f"token_pixels={self.token_pixels!r}: give the pixels of one token, an int above 0.")
+        check_whole("token_pixels", self.token_pixels, lowest=1)
 
     def prepare(self, media: Any) -> Any:
         """Shrink one PIL image, or every image of a (nested) list; never enlarge.
@@ -160,21 +163,20 @@ class Downscale(Compressor):
         if grid is None or math.prod(grid) != total:
             pooled = adaptive_avg_pool1d(features.T[None], budget)[0].T
             centres = torch.tensor(spread(budget, total), dtype=torch.long, device=places.device)
-            cell: list[float] = [-(-(i + 1) * total // budget) - i * total // budget for i in range(budget)]
         else:
             frames, height, width = grid
-            smaller = fit(max(1, budget // frames), height, width)
-            stacked = features.view(frames, height, width, -1).permute(0, 3, 1, 2)
-            pooled = adaptive_avg_pool2d(stacked, smaller).flatten(2).transpose(1, 2).flatten(0, 1)
-            middle = [(r, c) for r in spread(smaller[0], height) for c in spread(smaller[1], width)]
-            order = [(f * height + r) * width + c for f in range(frames) for r, c in middle]
+            fewer = min(frames, budget)  # a budget of less than a token per frame averages over frames, too
+            smaller = fewer, *fit(budget // fewer, height, width)
+            stacked = features.view(frames, height, width, -1).permute(3, 0, 1, 2)
+            pooled = adaptive_avg_pool3d(stacked, smaller).flatten(1).T
+            axes = [spread(few, many) for few, many in zip(smaller, grid, strict=True)]
+            order = [(f * height + r) * width + c for f, r, c in itertools.product(*axes)]
             centres = torch.tensor(order, dtype=torch.long, device=places.device)
-            cell = [height * width / math.prod(smaller)] * len(order)
         separators = tokens.protected[row].nonzero()[:, 0]
         return (
             torch.cat([pooled, tokens.features[row, separators]]),
             torch.cat([places[centres], separators]),
-            torch.cat([torch.tensor(cell, device=places.device).float(), tokens.size[row, separators]]),
+            torch.cat([tokens.size.new_full(centres.shape, total / len(centres)), tokens.size[row, separators]]),
         )
 
 

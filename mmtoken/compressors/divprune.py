@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmtoken.compressors.base import Compressor, Context, Positions
-from mmtoken.tokens import VisualTokens
+from mmtoken.tokens import VisualTokens, refuse_nan
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class DivPrune(Compressor):
     (distance = 1 - cosine), per item. Needs no attention and does not see the question.
 
     Differs from the public code: a chosen token is never picked twice, so the budget is exact; zero vectors have
-    distance 1 to everything instead of NaN; the kept tokens keep their positions.
+    distance 1 to everything instead of NaN; the kept tokens keep their positions. NaN features are an error.
     """
 
     keep: int | float = 0.098
@@ -44,21 +44,34 @@ def maxmin_select(features: Tensor, counts: list[int], eligible: Tensor) -> Tens
 
     Returns:
         bool[B, N] with `counts[b]` tokens picked in row b. Ties go to the lower index.
+
+    Raises:
+        InputError: features of an eligible token are NaN or infinite.
     """
     unit = torch.nn.functional.normalize(features.detach().float(), dim=-1)
+    refuse_nan(unit, eligible, "features")
     rows, length = eligible.shape
     picked = torch.zeros_like(eligible)
-    if not rows or not length:
+    steps = max(counts, default=0)
+    if not rows or not length or not steps:
         return picked
-    limit = torch.tensor(counts, device=features.device)
     row = torch.arange(rows, device=features.device)
-    distance = 1 - unit @ unit.transpose(1, 2)
+    similarity = unit @ unit.transpose(1, 2)
+    # Products of blocks round (i, j) and (j, i) apart, and of two mutual neighbours the lower index must win.
+    distance = (similarity + similarity.transpose(1, 2)).mul_(-0.5).add_(1)
     distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    nearest = distance.masked_fill(~eligible[:, None, :], torch.inf).amin(-1)
-    for step in range(max(counts, default=0)):
-        # A chosen or ineligible token must lose against every other one, also against those at distance 0.
-        best = nearest.masked_fill(picked | ~eligible, -torch.inf).argmax(-1)
-        picked[row, best] |= (step < limit) & eligible[row, best]
-        to_best = distance[row, best].clamp(max=2.0)
-        nearest = to_best if step == 0 else torch.minimum(nearest, to_best)
-    return picked
+    distance.masked_fill_(~eligible[:, None, :], torch.inf)
+    # A chosen or ineligible token must lose against every other one, also against those at distance 0.
+    best = distance.amin(-1).masked_fill(~eligible, -torch.inf).argmax(-1)
+    distance.clamp_(max=2.0)
+    nearest = torch.full_like(distance[:, 0], torch.inf).masked_fill(~eligible, -torch.inf)
+    order = [best]
+    for _ in range(steps - 1):
+        nearest[row, best] = -torch.inf
+        torch.minimum(nearest, distance[row, best], out=nearest)
+        best = nearest.argmax(-1)
+        order.append(best)
+    # Rows with a smaller budget stopped counting earlier.
+    within = torch.arange(steps, device=row.device) < torch.tensor(counts, device=row.device)[:, None]
+    picked[row[:, None].expand_as(within)[within], torch.stack(order, 1)[within]] = True
+    return picked & eligible

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_layers
+from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_layers, check_whole
 from mmtoken.tokens import VisualTokens
 
 
@@ -17,7 +17,8 @@ class FastV(Compressor):
     The best `keep` tokens of each item enter layer `layer`; earlier layers see all of them. Kept tokens keep their
     positions, as in the paper and the official code (R = 50 %, K = 2).
 
-    Differs from the official code: several images have a budget each; scores need no square attention matrix.
+    Differs from the paper's text, which averages the attention received from all tokens: as in its code, the last one
+    decides. Differs from the official code: several images have a budget each; scores need no square attention matrix.
 
     Attributes:
         layer: K, the first layer (0-based) that sees the kept tokens only; at least 1.
@@ -35,6 +36,10 @@ class FastV(Compressor):
     needs: ClassVar[frozenset[Need]] = frozenset({"text_attention"})
     query_agnostic: ClassVar[bool] = False
     causal: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("layer", self.layer, lowest=1)
 
     def cut_layers(self, depth: int) -> tuple[int, ...]:
         check_layers("layer", (self.layer,), depth, lowest=1)

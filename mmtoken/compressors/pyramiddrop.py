@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_layers
-from mmtoken.errors import MMTokenError
-from mmtoken.tokens import VisualTokens, check_keep, kept_count
+from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_layers, check_whole
+from mmtoken.errors import MMTokenError, UnsupportedError
+from mmtoken.tokens import VisualTokens, kept_count
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class PyramidDrop(Compressor):
 
     Attributes:
         layers: layers (0-based) before which tokens are dropped; None: at 1/4, 1/2 and 3/4 of the depth.
-        shares: fraction of the original tokens left after each cut; None: the geometric series. With shares the last
-            one should equal `keep`, which the report is held against.
+        shares: fraction of the original tokens left after each cut, the last one equal to `keep`; None: the geometric
+            series.
         variant: "repo" truncates counts, int(N * share), as the official code.
     """
 
@@ -50,19 +51,36 @@ class PyramidDrop(Compressor):
         # YAML and JSON hand in lists; settings must be hashable.
         for field in ("layers", "shares"):
             value = getattr(self, field)
+            if value is not None and (isinstance(value, str) or not isinstance(value, Sequence) or not value):
+                raise MMTokenError(
+                    f"{field}={value!r} is a {type(value).__name__}; give a list with an entry per stage."
+                )
             object.__setattr__(self, field, None if value is None else tuple(value))
-        for share in self.shares or ():
-            check_keep(share, "shares")
-        if self.shares is not None and list(self.shares) != sorted(self.shares, reverse=True):
-            raise MMTokenError(f"shares={self.shares} grow; a later stage cannot keep more than an earlier one.")
+        for layer in self.layers or ():
+            check_whole("layers", layer, lowest=1)
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise MMTokenError(f"layers={self.layers} do not ascend; give each layer once, the lowest first.")
+        if self.shares is not None:
+            self._check_shares(self.shares)
+
+    def _check_shares(self, shares: tuple[float, ...]) -> None:
+        for share in shares:
+            if not isinstance(share, float) or not 0 < share <= 1:
+                raise MMTokenError(f"shares={shares} holds {share!r}; give fractions in (0, 1], as floats.")
+        if list(shares) != sorted(shares, reverse=True):
+            raise MMTokenError(f"shares={shares} grow; a later stage cannot keep more than an earlier one.")
+        if shares[-1] != self.keep:
+            raise MMTokenError(f"keep={self.keep!r} but shares={shares} leave {shares[-1]}; give keep={shares[-1]}.")
+        if self.layers is not None and len(self.layers) != len(shares):
+            raise MMTokenError(f"shares={shares} has {len(shares)} stages but layers={self.layers} {len(self.layers)}.")
 
     def cut_layers(self, depth: int) -> tuple[int, ...]:
         layers = self.layers
         if layers is None:
             layers = tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)} & set(range(1, depth))))
+        if not layers:
+            raise UnsupportedError(f"layers=() is what a decoder of {depth} layers offers; it needs at least 2 layers.")
         check_layers("layers", layers, depth, lowest=1)
-        if list(layers) != sorted(set(layers)) or not layers:
-            raise MMTokenError(f"layers={layers}: give ascending layers, each once, for a decoder of {depth} layers.")
         if self.shares is not None and len(self.shares) != len(layers):
             raise MMTokenError(f"shares={self.shares} has {len(self.shares)} stages but layers={layers} {len(layers)}.")
         return layers

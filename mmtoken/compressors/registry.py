@@ -46,7 +46,7 @@ def resolve(spec: Compressor | str | dict[str, Any], **settings: Any) -> Compres
         MMTokenError: a setting is unknown, missing or out of range.
     """
     if isinstance(spec, Compressor):
-        return dataclasses.replace(spec, **settings) if settings else spec  # type: ignore[type-var]
+        return _make(type(spec), {**spec.settings(), **settings}) if settings else spec
     if isinstance(spec, str):
         return _make(_find(spec), settings)
     if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
@@ -69,7 +69,7 @@ def _find(name: str) -> type[Compressor]:
         return found
     loaded = sys.modules.get(module)
     cls = None if loaded is None else getattr(loaded, last, None)
-    if not isinstance(cls, type) or not issubclass(cls, Compressor):
+    if not isinstance(cls, type) or not issubclass(cls, Compressor) or not dataclasses.is_dataclass(cls):
         raise UnknownNameError(
             f"class_path={name!r} is no Compressor of a module that is imported; import it first"
             f"{near_names(last, names())}"
@@ -81,7 +81,9 @@ def _make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in settings:
         if name not in fields:
-            raise MMTokenError(f"{name}={settings[name]!r} is no setting of {cls.__name__}{near_names(name, fields)}")
+            raise MMTokenError(
+                f"{name}={settings[name]!r} is no setting of {cls.__name__}{near_names(str(name), fields)}"
+            )
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in settings:
             raise MMTokenError(

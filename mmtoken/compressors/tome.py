@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from mmtoken.compressors.base import Compressor, Context, Need, Positions
 from mmtoken.errors import InputError
-from mmtoken.tokens import VisualTokens, kept_count
+from mmtoken.tokens import VisualTokens, kept_count, refuse_nan
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,14 @@ def bipartite_soft_matching(metric: Tensor, r: int, class_token: bool = False, d
         distill_token: nothing merges into the first odd token.
 
     Raises:
-        InputError: r is negative.
+        InputError: r is negative, or keys are NaN or infinite.
     """
     if r < 0:
         raise InputError(f"r={r} is negative; give the number of tokens to merge.")
     length = metric.shape[1]
     r = min(r, (length - int(class_token) - int(distill_token)) // 2)
     unit = normalize(metric.detach().float(), dim=-1)
+    refuse_nan(unit, torch.ones_like(unit[..., 0], dtype=torch.bool), "metric")
     even, odd = unit[:, ::2], unit[:, 1::2]
     if not odd.shape[1]:
         alone = torch.zeros(len(metric), even.shape[1], dtype=torch.long, device=metric.device)

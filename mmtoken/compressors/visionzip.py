@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmtoken.compressors.base import Compressor, Context, Need, Positions
+from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_whole
 from mmtoken.errors import MMTokenError
 from mmtoken.tokens import VisualTokens, top_mask
 
@@ -54,8 +54,8 @@ class VisionZip(Compressor):
         super().__post_init__()
         if self.variant not in ("paper", "repo"):
             raise MMTokenError(f"variant={self.variant!r} is unknown; use 'paper' or 'repo'.")
-        if self.contextual is not None and (isinstance(self.contextual, bool) or self.contextual < 0):
-            raise MMTokenError(f"contextual={self.contextual!r}: give a number of tokens, at least 0.")
+        if self.contextual is not None:
+            check_whole("contextual", self.contextual, lowest=0)
 
     def project(
         self, tokens: VisualTokens, default: Callable[[VisualTokens], VisualTokens], ctx: Context
@@ -120,13 +120,14 @@ def merge_into_anchors(
 ) -> tuple[Tensor, Tensor]:
     """(float[A, D]: anchor + mean of its members, float[A]: tokens it stands for); see `assign_to_anchors`."""
     kept = features[anchors]
-    total = torch.zeros_like(kept).index_add(0, owner, features[members])
+    # Sums of many members lose digits in half precision.
+    total = torch.zeros_like(kept, dtype=torch.float32).index_add(0, owner, features[members].float())
     count = torch.zeros(len(anchors), device=features.device).index_add(
         0, owner, torch.ones(len(members), device=features.device)
     )
-    mean = total / count.clamp(min=1)[:, None].to(total.dtype)
+    joint = kept.float() + total / count.clamp(min=1)[:, None]
     # `where`, not an addition of zero: an anchor without members stays the same to the bit.
-    merged = torch.where((count > 0)[:, None], kept + mean, kept)
+    merged = torch.where((count > 0)[:, None], joint.to(kept.dtype), kept)
     return merged, size[anchors].index_add(0, owner, size[members])
 
 
@@ -147,9 +148,9 @@ def _stack(tokens: VisualTokens, rows: list[tuple[Tensor, Tensor, Tensor, Tensor
     )
     if cls is None:
         return made
-    used = torch.zeros_like(tokens.source, dtype=torch.bool)
-    used = used.scatter(1, made.source, made.valid)
-    slot = (~used).long().argmax(-1, keepdim=True)
+    # Padding points at position 0 and must not take it back, so uses are counted.
+    used = torch.zeros_like(tokens.source).scatter_add(1, made.source, made.valid.long())
+    slot = (used == 0).long().argmax(-1, keepdim=True)
 
     def in_front(value: Tensor, first: Tensor) -> Tensor:
         return torch.cat([first.to(value.dtype), value], 1)

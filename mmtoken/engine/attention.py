@@ -112,7 +112,7 @@ def query_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, i
     rows, heads, _, width = query.shape
     groups, length = key.shape[1], key.shape[2]
     picked = query.gather(2, index.view(-1, 1, 1, 1).expand(-1, heads, 1, width)).float()
-    scores = torch.einsum("bghd,bgkd->bghk", picked.view(rows, groups, heads // groups, width), key.float())
+    scores = picked.view(rows, groups, heads // groups, width) @ key.float().transpose(-1, -2)
     scores = scores.flatten(1, 2) * scaling
     if mask is None:
         allowed = torch.arange(length, device=key.device) <= (past + index)[:, None]

@@ -167,6 +167,20 @@ def make_logical(cache: Cache) -> None:
         cache.layer_class_to_replicate = LogicalDynamicLayer
 
 
+def check_decoder(config: Any) -> None:
+    """Refuse a decoder whose own cache has layers without a logical version.
+
+    Raises:
+        UnsupportedError: it has; the message says which.
+    """
+    for number, layer in enumerate(new_cache(config).layers):
+        if type(layer) not in _LOGICAL:
+            raise UnsupportedError(
+                f"decoder layer {number} caches in a {type(layer).__name__}, which cannot be compressed; only layers "
+                "that attend to the whole sequence can (sliding_window=None)."
+            )
+
+
 def logical_layer(cache: object, number: int) -> LogicalLayer | None:
     """Layer `number` of a compressed cache, None for any other cache."""
     if not isinstance(cache, Cache) or number >= len(cache.layers):

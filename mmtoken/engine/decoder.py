@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mmtoken.engine.session import Session
 
 _PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
+_BEFORE_DECODER = {"frames", "vision_layer", "project", "llm_input"}
 _DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", CACHE)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -114,7 +115,7 @@ class DecoderHooks:
         # Without pixels or features there are no visual tokens, even if a generated id equals the placeholder's.
         if not outputs and all(call.get(name) is None for name in _PIXELS):
             return
-        state.encoded = encoded_by(outputs)
+        state.encoded = encoded_by(outputs, state.made)
         state.input_ids = ids = call.get("input_ids")
         state.visual = {}
         for modality in self.backbone.modalities:
@@ -219,10 +220,14 @@ class DecoderHooks:
 
     def _decide(self, call: Prefill) -> tuple[Tensor, Tensor]:
         """Let the compressor act on the prompt: (embeds with merged features float[B, L, D], bool[B, L] left)."""
+        if not self.compressor.sites & _BEFORE_DECODER:
+            return call.embeds, ~call.dropped
         tokens = self._select_encoded(call)
         if "llm_input" in self.compressor.sites:
             context = CallContext(call, self.depth)
-            tokens = self.session.run_site("llm_input", None, tokens, lambda t: self.compressor.llm_input(t, context))
+            tokens = self.session.run_site(
+                "llm_input", None, tokens, context, lambda t: self.compressor.llm_input(t, context)
+            )
         keep = call.apply(tokens)
         merged = self.compressor.merges and bool(self.compressor.sites & {"llm_input", "project"})
         return call.write(tokens, call.embeds) if merged else call.embeds, keep
@@ -236,7 +241,7 @@ class DecoderHooks:
         if "project" in acted and not self.backbone.tokenwise_projector:
             context = CallContext(call, 0)
             return self.session.run_site(
-                "project", None, tokens, lambda t: self.compressor.project(t, lambda already: already, context)
+                "project", None, tokens, context, lambda t: self.compressor.project(t, lambda already: already, context)
             )
         if items.mass is None:
             if acted == {"frames"}:  # images have no frames to leave out
@@ -332,7 +337,7 @@ class DecoderHooks:
         context = CallContext(call, self.depth, functools.partial(self._probe, call, number, layer, hidden, kwargs))
         tokens = call.tokens.replace(features=call.hidden(call.tokens, hidden))
         tokens = self.session.run_site(
-            "llm_layer", number, tokens, lambda t: self.compressor.llm_layer(t, number, context)
+            "llm_layer", number, tokens, context, lambda t: self.compressor.llm_layer(t, number, context)
         )
         keep = call.apply(tokens)
         if self.compressor.merges:
@@ -346,8 +351,11 @@ class DecoderHooks:
     def _cut_arguments(self, call: Prefill, number: int, given: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
         """A layer's other arguments after a cut; computed once per cut and argument object."""
         cut = call.cut
-        assert call.base is not None
-        relative = call.base.rank.gather(1, cut.index)
+
+        @functools.cache
+        def relative() -> Tensor:
+            assert call.base is not None
+            return call.base.rank.gather(1, cut.index)
 
         def once(name: str, make: Callable[[Any], Any]) -> Any:
             value = given.get(name)
@@ -363,14 +371,20 @@ class DecoderHooks:
 
         def tables(value: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if cut.position_ids is None:
-                return tuple(gather.rows(table, relative) for table in value)
+                return tuple(gather.rows(table, relative()) for table in value)
             axes = cut.position_ids[-3:] if cut.position_ids.ndim == 3 else cut.position_ids
             rotated: tuple[Tensor, ...] = self.decoder.rotary_emb(hidden, axes)
             return rotated
 
+        def ids(value: Tensor) -> Tensor:
+            moved = cut.position_ids
+            if moved is None:
+                return gather.last(value, relative())
+            return moved[0] if moved.ndim > value.ndim else moved  # of several axes layers get the text's
+
         changed = {**given, "attention_mask": once("attention_mask", mask)}
         if given.get("position_ids") is not None:
-            changed["position_ids"] = once("position_ids", lambda ids: gather.last(ids, relative))
+            changed["position_ids"] = once("position_ids", ids)
         if given.get("position_embeddings") is not None:
             changed["position_embeddings"] = once("position_embeddings", tables)
         return changed
@@ -381,10 +395,13 @@ class DecoderHooks:
         """Listener: keep the attention of the last prompt token in the layers that are read."""
         number = self.tapped.get(id(module))
         if number is not None:
+            started = self.session.clock()
             stored = logical_layer(call.cache, number)
             past = 0 if stored is None else stored.stored() - query.shape[2]
             row = attention.query_row(query, key, mask, scaling, call.last_row(), past)
             call.scores[number] = (row, past, call.cut)
+            assert self.thread.report is not None
+            self.thread.report.listening_seconds += self.session.clock() - started
         return False
 
     def _probe(self, call: Prefill, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Collection
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from mmtoken.backbones.base import Modality
 from mmtoken.engine.encode import Encoded, EncoderCall, choose_frames, fill_frames
 from mmtoken.engine.report import Report, SiteReport
+from mmtoken.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from mmtoken.engine.session import Session
@@ -56,6 +58,7 @@ def wrap_encoder(session: Session, modality: Modality, undo: ExitStack) -> None:
         record.seconds = session.clock() - started
         if hasattr(output, "pooler_output"):
             setattr(output, _RECORD, record)
+            state.made[modality] = output
         if state.encoded is not None:
             state.encoded[modality] = record
         return output
@@ -80,8 +83,22 @@ def _pick_frames(
     return backbone.with_frames(given, picks), picks
 
 
-def encoded_by(outputs: Any) -> dict[str, Encoded]:
-    """What the encoders left behind in their outputs, per modality; outputs of others are passed over."""
+def encoded_by(outputs: Any, made: Collection[str] = ()) -> dict[str, Encoded]:
+    """What the encoders left behind in their outputs, per modality; outputs of others are passed over.
+
+    Args:
+        outputs: per modality.
+        made: modalities that this session has encoded for a call that is still running.
+
+    Raises:
+        UnsupportedError: instead of a whole output of this session, a part of it came.
+    """
+    for name in outputs:
+        if name in made and not hasattr(outputs[name], _RECORD):
+            raise UnsupportedError(
+                f"the {name} features come in parts, but a compressor must see all visual tokens of a prompt at once; "
+                "leave prefill_chunk_size unset, or use compress_inputs()."
+            )
     return {name: getattr(output, _RECORD) for name, output in outputs.items() if hasattr(output, _RECORD)}
 
 

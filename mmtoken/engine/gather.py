@@ -1,9 +1,11 @@
-"""Picks rows and columns out of hidden states, masks and positions. Indices are checked by `torch.gather`."""
+"""Picks rows and columns out of hidden states, masks and positions. Indices out of range raise."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from mmtoken.tokens import pick_rows
 
 
 def right_aligned(keep: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -25,9 +27,7 @@ def right_aligned(keep: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def rows(tensor: Tensor, index: Tensor) -> Tensor:
     """tensor[b, index[b]]: [B or 1, L, ...] and int[B, n] give [B, n, ...]."""
-    shape = (index.shape[0], *tensor.shape[1:])
-    expanded = index.view(*index.shape, *(1,) * (tensor.ndim - 2)).expand(*index.shape, *tensor.shape[2:])
-    return tensor.expand(shape).gather(1, expanded)
+    return pick_rows(tensor.expand(index.shape[0], *tensor.shape[1:]), index)
 
 
 def last(tensor: Tensor, index: Tensor) -> Tensor:

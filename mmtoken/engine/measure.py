@@ -65,7 +65,7 @@ def finish_report(session: Session, call: Prefill, cuts: list[Cut]) -> None:
 
 def note_tokens(report: Report, tokens: VisualTokens) -> None:
     """The surviving tokens, as tokens and as indices per item."""
-    report.tokens = tokens
+    report.tokens = tokens.replace(features=tokens.features.detach())
     report.kept = tokens.kept()
     report.kernels = {"scores": "torch"}
 

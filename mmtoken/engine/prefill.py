@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,9 +50,17 @@ class Items:
         """(row, int[n] positions) of every item."""
         return [(row, self.places[i][self.valid[i]]) for i, row in enumerate(self.rows)]
 
-    @property
+    @functools.cached_property
     def row_index(self) -> Tensor:
         return torch.tensor(self.rows, device=self.places.device)
+
+    def mark(self, like: Tensor, places: Tensor, valid: Tensor) -> Tensor:
+        """bool[B, L] as `like`: True at the positions int[I, K] of every item that are valid."""
+        rows, length = like.shape
+        # What is not valid goes to one place behind the last row.
+        flat = (self.row_index[:, None] * length + places).masked_fill(~valid, rows * length)
+        marked = torch.zeros(rows * length + 1, dtype=torch.bool, device=like.device)
+        return marked.index_fill_(0, flat.flatten(), True)[:-1].view(rows, length)
 
 
 def locate(visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> Items:
@@ -189,9 +198,10 @@ class Cut:
     @classmethod
     def of(cls, group: int, keep: Tensor, *, hides: bool = False) -> Cut:
         """From bool[B, L]; `hides` leaves the others in the sequence and marks them as not valid."""
-        if hides:
+        whole = bool(keep.all())
+        if hides or whole:
             everything = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-            return cls(group, everything, None if bool(keep.all()) else keep, everything, hides=True)
+            return cls(group, everything, None if whole else keep, everything, hides=hides)
         index, valid = gather.right_aligned(keep)
         order = torch.arange(index.shape[1], device=index.device).expand_as(index)
         # Padding points at positions that are not left, so it never overwrites a rank that is read.
@@ -247,8 +257,12 @@ class Prefill:
     @property
     def last_token(self) -> Tensor:
         """int[B]: position of each row's last real token."""
-        count = torch.arange(self.length, device=self.real.device)
-        return torch.where(self.real, count, 0).amax(-1)
+        return (self.real * torch.arange(self.length, device=self.real.device)).amax(-1)
+
+    @functools.cached_property
+    def visual(self) -> Tensor:
+        """bool[B, L]: every position of an item, separators included."""
+        return self.items.mark(self.real, self.items.places, self.items.valid)
 
     def last_row(self) -> Tensor:
         """int[B]: row of that token in the current sequence."""
@@ -274,15 +288,8 @@ class Prefill:
         Padding leaves together with the first visual token that is dropped; before that nothing moves at all, so that
         keeping everything is the uncompressed model to the bit.
         """
-        rows = self.items.row_index[:, None]
-        everything = torch.zeros_like(self.real)
-        all_rows = rows.expand_as(self.items.places)[self.items.valid]
-        everything[all_rows, self.items.places[self.items.valid]] = True
-        kept = torch.zeros_like(self.real)
-        places = self.places(tokens)
-        kept[rows.expand_as(places)[tokens.valid], places[tokens.valid]] = True
         self.tokens = tokens
-        self.dropped = everything & ~kept
+        self.dropped = self.visual & ~self.items.mark(self.real, self.places(tokens), tokens.valid)
         if not bool(self.dropped.any()):
             return torch.ones_like(self.real)
         return self.real & ~self.dropped
@@ -325,7 +332,8 @@ class CallContext(Context):
         return gather.rows(values, tokens.source)
 
     def tower_attention(self, tokens: VisualTokens) -> Tensor:
-        return self._tower_fact(self.call.items.attention, tokens, "tower_attention")
+        self.scores = self._tower_fact(self.call.items.attention, tokens, "tower_attention")
+        return self.scores
 
     def tower_keys(self, tokens: VisualTokens) -> Tensor:
         return self._tower_fact(self.call.items.keys, tokens, "tower_keys")
@@ -351,10 +359,12 @@ class CallContext(Context):
     def text_attention(self, tokens: VisualTokens, layer: int) -> Tensor:
         if layer not in self.call.scores:
             raise UnsupportedError(f"text_attention of layer {layer} was not declared by score_layers().")
-        return self._pick(tokens, *self.call.scores[layer])
+        self.scores = self._pick(tokens, *self.call.scores[layer])
+        return self.scores
 
     def next_attention(self, tokens: VisualTokens) -> Tensor:
-        return self._pick(tokens, self._next_scores(), None, self.call.cut)
+        self.scores = self._pick(tokens, self._next_scores(), None, self.call.cut)
+        return self.scores
 
     def _pick(self, tokens: VisualTokens, row_scores: Tensor, past: int | None, cut: Cut) -> Tensor:
         stored = row_scores.shape[1] - cut.index.shape[1] if past is None else past

@@ -24,6 +24,7 @@ class SiteReport:
             what attends to itself: tiles, or frames.)
         kept: per item, int[K] original indices left, separators not counted.
         seconds: wall time inside the compressor, scores that it asked for included.
+        scores: per item, float[N] the attention that the compressor read for each of `tokens_in`; None if it read none.
     """
 
     site: str
@@ -32,10 +33,12 @@ class SiteReport:
     tokens_out: list[int]
     kept: list[Tensor] = field(repr=False)
     seconds: float
+    scores: list[Tensor] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**vars(self), "kept": [indices.tolist() for indices in self.kept]}
+        scores = None if self.scores is None else [item.tolist() for item in self.scores]
+        return {**vars(self), "kept": [indices.tolist() for indices in self.kept], "scores": scores}
 
 
 @dataclass
@@ -51,9 +54,11 @@ class Report:
         prompt_lengths: tokens of each prompt row before compression, padding not counted.
         layer_lengths: per decoder layer, the tokens of each prompt row that the layer processed.
         kept: per item, int[K] indices into its `places` left after the last cut, separators not counted.
-        tokens: the surviving tokens after the last site.
+        tokens: the surviving tokens after the last site, detached; None in all but a session's last report.
         kv_bytes, kv_bytes_dense: key/value cache after the prefill, and what it would be without compression.
-        scoring_seconds, vision_seconds, prefill_seconds: wall time in compressors, encoder and decoder prefill.
+        listening_seconds: wall time spent on attention rows that layers gave away as they ran.
+        scoring_seconds, vision_seconds, prefill_seconds: wall time in compressors and listening, in the encoder, and in
+            the decoder's prefill.
         peak_memory_bytes: peak of the device's allocator during the prefill; None on a CPU.
         kernels: which implementation of each scoring op ran.
         notes: remarks for people ("keep=64 is above the 36 tokens of item 0: all were kept").
@@ -71,6 +76,7 @@ class Report:
     decoder: DecoderShape | None = field(default=None, repr=False)
     kv_bytes: int = 0
     kv_bytes_dense: int = 0
+    listening_seconds: float = 0.0
     vision_seconds: float = 0.0
     prefill_seconds: float = 0.0
     peak_memory_bytes: int | None = None
@@ -84,7 +90,7 @@ class Report:
 
     @property
     def scoring_seconds(self) -> float:
-        return sum(site.seconds for site in self.sites)
+        return self.listening_seconds + sum(site.seconds for site in self.sites)
 
     @property
     def tokens_out(self) -> list[int]:

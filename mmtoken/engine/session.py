@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Literal, get_args
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel
 
 from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.registry import adapt
-from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.base import Compressor, Context
 from mmtoken.compressors.registry import resolve
+from mmtoken.engine.cache import check_decoder
 from mmtoken.engine.decoder import DecoderHooks
 from mmtoken.engine.encode import Encoded, EncoderCall
 from mmtoken.engine.encoder import wrap_encoder
@@ -40,6 +42,7 @@ class ThreadState(threading.local):
 
     Attributes:
         encoder: the `get_*_features` call in progress.
+        made: outputs of encoders that are still in use, per modality.
         encoded: what encoders left behind for the forward in progress, per modality.
         visual: bool[B, L] visual positions of the forward in progress, per modality.
         input_ids: int[B, L] of that forward.
@@ -49,6 +52,7 @@ class ThreadState(threading.local):
         latest: the last report filed.
     """
 
+    made: WeakValueDictionary[str, Any]
     encoder: EncoderCall | None = None
     encoded: dict[str, Encoded] | None = None
     visual: dict[str, Tensor] | None = None
@@ -58,6 +62,9 @@ class ThreadState(threading.local):
     decode_positions: Tensor | None = None
     report: Report | None = None
     latest: Report | None = None
+
+    def __init__(self) -> None:
+        self.made = WeakValueDictionary()
 
 
 def check(
@@ -99,13 +106,7 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
         raise UnsupportedError(
             f"attn_implementation={implementation!r} is not supported; load the model with 'sdpa' or 'eager'."
         )
-    # Qwen sets it to None unless use_sliding_window; Mistral has no such switch.
-    window = getattr(decoder.config, "sliding_window", None)
-    if window is not None:
-        raise UnsupportedError(
-            f"sliding_window={window}: attention and caches with sliding windows cannot be compressed; models that "
-            "never see longer prompts may be loaded with sliding_window=None."
-        )
+    check_decoder(decoder.config)
 
 
 class Session(AbstractContextManager["Session"]):
@@ -117,7 +118,8 @@ class Session(AbstractContextManager["Session"]):
     Attributes:
         model, compressor, visual, mode: as handed in.
         backbone: the model's adapter.
-        reports: one `Report` per prefill (or call of a bare tower), oldest first.
+        reports: one `Report` per prefill (or call of a bare tower), oldest first. Only a thread's last one holds
+            `tokens`, so that a long run keeps numbers and not features; clear the list to keep nothing.
         thread: state of running calls; the engine's own.
         hooks: hooks on the decoder, None for a bare tower; the engine's own.
         clock: seconds, what reports measure time with; wall time unless a benchmark sets another one.
@@ -132,14 +134,14 @@ class Session(AbstractContextManager["Session"]):
         self.mode = mode
         self.compressor = compressor
         self.backbone = adapt(model)
-        if visual is not None and (visual.dtype != torch.bool or visual.ndim != 2):
-            raise InputError(f"visual is {visual.dtype} of shape {tuple(visual.shape)}; expected bool[B, L].")
-        _check(self.backbone, compressor, visual)
         if any(_ATTACHED in module.__dict__ for module in self._parts()):
             raise MMTokenError(
                 "model already has a compressor attached; detach it first (the session that attach() returned, or "
                 "mmtoken.engine.session.attached(model)), or combine methods in one compressor."
             )
+        if visual is not None and (visual.dtype != torch.bool or visual.ndim != 2):
+            raise InputError(f"visual is {visual.dtype} of shape {tuple(visual.shape)}; expected bool[B, L].")
+        _check(self.backbone, compressor, visual)
         self.visual = visual
         self.reports: list[Report] = []
         self.clock: Callable[[], float] = time.perf_counter
@@ -196,14 +198,22 @@ class Session(AbstractContextManager["Session"]):
         raise UnsupportedError("A model with a compressor attached cannot be pickled; detach it first.")
 
     def run_site(
-        self, site: str, layer: int | None, tokens: VisualTokens, method: Callable[[VisualTokens], VisualTokens]
+        self,
+        site: str,
+        layer: int | None,
+        tokens: VisualTokens,
+        context: Context,
+        method: Callable[[VisualTokens], VisualTokens],
     ) -> VisualTokens:
-        """Call the compressor at a site and note what it did."""
+        """Call the compressor at a site and note what it read and did."""
         before = tokens.counts()
+        context.scores = None
         started = self.clock()
         left = method(tokens)
         seconds = self.clock() - started
-        self.note(SiteReport(site, layer, before, left.counts(), left.kept(), seconds))
+        kept = left.kept()
+        scores = None if context.scores is None else tokens.per_item(context.scores.detach())
+        self.note(SiteReport(site, layer, before, [len(k) for k in kept], kept, seconds, scores))
         return left
 
     def note(self, site: SiteReport) -> None:
@@ -218,7 +228,9 @@ class Session(AbstractContextManager["Session"]):
         return report
 
     def file(self, report: Report) -> None:
-        """Add a finished report."""
+        """Add a finished report; features stay with the last one of each thread only."""
+        if self.thread.latest is not None:
+            self.thread.latest.tokens = None
         self.reports.append(report)
         self.thread.latest = report
 

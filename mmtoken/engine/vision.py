@@ -46,7 +46,8 @@ class TowerContext(Context):
         return values.gather(1, tokens.source) if values.ndim == 2 else gather.rows(values, tokens.source)
 
     def tower_attention(self, tokens: VisualTokens) -> Tensor:
-        return self._of(self.run.attention(), tokens)
+        self.scores = self._of(self.run.attention(), tokens)
+        return self.scores
 
     def tower_keys(self, tokens: VisualTokens) -> Tensor:
         return self.run.keys_of(tokens) if self._inside else self._of(self.run.mean_keys(), tokens)
@@ -159,7 +160,7 @@ class VisionHooks:
             tokens = run.units(hidden)
             context = self._context(run, tokens, inside=True)
             left = self.session.run_site(
-                "vision_layer", number, tokens, lambda t: method.vision_layer(t, number, context)
+                "vision_layer", number, tokens, context, lambda t: method.vision_layer(t, number, context)
             )
             hidden = run.shorten(hidden, left)
         kwargs = run.block_arguments(kwargs, method.size_bias)
@@ -220,10 +221,12 @@ class VisionHooks:
             context = self._context(run, tokens, inside=False)
             if "project" in method.sites:
                 tokens = self.session.run_site(
-                    "project", None, tokens, lambda t: method.project(t, lambda same: same, context)
+                    "project", None, tokens, context, lambda t: method.project(t, lambda same: same, context)
                 )
             if "llm_input" in method.sites:
-                tokens = self.session.run_site("llm_input", None, tokens, lambda t: method.llm_input(t, context))
+                tokens = self.session.run_site(
+                    "llm_input", None, tokens, context, lambda t: method.llm_input(t, context)
+                )
         report = self.session.take_report() or Report(type(method).__name__)
         report.item_rows = list(range(len(tokens)))
         report.tokens_in = counts
@@ -252,7 +255,7 @@ class VisionHooks:
 
         context = self._context(run, tokens, inside=False)
         method = self.session.compressor
-        left = self.session.run_site("project", None, tokens, lambda t: method.project(t, default, context))
+        left = self.session.run_site("project", None, tokens, context, lambda t: method.project(t, default, context))
         state.projected, state.length = left, features.shape[1]
         call = state.call
         assert call is not None

@@ -1,0 +1,38 @@
+# All set-up happens here: each command makes .venv first if it is missing or older than pyproject.toml.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test golden test-contract check bench clean
+
+demo: $(READY)
+	$(BIN)/mmtoken demo --out demo
+
+test: $(READY)
+	$(PYTEST) -m "not golden and not contract_full"
+
+golden: $(READY)
+	$(PYTEST) -m golden
+
+test-contract: $(READY)
+	$(PYTEST) tests/contract tests/engine -m "contract_full or not contract_full"
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) tests/test_package.py tests/test_readme.py
+
+bench: $(READY)
+	$(BIN)/mmtoken bench --out bench
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("mmtoken needs Python 3.11 or newer; try: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo bench .pytest_cache .mypy_cache .ruff_cache

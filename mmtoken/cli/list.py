@@ -1,0 +1,56 @@
+"""`mmtoken list`: compressors, backbones and models, from the facts on their classes."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from mmtoken.backbones import registry as backbones
+from mmtoken.cli.parser import Parser
+from mmtoken.compressors import registry as compressors
+from mmtoken.models.registry import list_models
+
+Rows = list[dict[str, str]]
+
+
+def main(argv: list[str]) -> int:
+    """Run `mmtoken list` with the arguments after the sub-command; 0 on success."""
+    parser = Parser("mmtoken list", __doc__ or "")
+    parser.add_argument("what", choices=("compressors", "backbones", "models"))
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="all facts as JSON")
+    form.add_argument("--markdown", action="store_true", help="the table of the README")
+    options = parser.parse_args(argv)
+    rows = facts(options.what)
+    if options.json:
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+    elif options.markdown:
+        sys.stdout.write(markdown(rows))
+    else:
+        sys.stdout.write(aligned(rows))
+    return 0
+
+
+def facts(what: str) -> Rows:
+    """One row per compressor, backbone or model."""
+    if what == "compressors":
+        return compressors.facts()
+    if what == "backbones":
+        return backbones.facts()
+    return [{"name": entry.name, "description": entry.description, "licence": entry.licence} for entry in list_models()]
+
+
+def markdown(rows: Rows) -> str:
+    """A Markdown table."""
+    head = list(rows[0]) if rows else []
+    lines = [head, ["---"] * len(head), *([row[name] for name in head] for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def aligned(rows: Rows) -> str:
+    """A table for a terminal; the last column is not padded."""
+    head = list(rows[0]) if rows else []
+    table = [head, *([row[name] for name in head] for row in rows)]
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
+    return "".join(f"{line.rstrip()}\n" for line in lines)

@@ -1,0 +1,1 @@
+"""Reading images and videos. Nothing here imports torch, so decoding workers stay light."""

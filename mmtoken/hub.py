@@ -1,0 +1,224 @@
+"""Load a model with its processor, and save it together with the compressor that is attached to it.
+
+Weights are read from safetensors only, and no code from a repository runs unless the caller says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from mmtoken.backbones.registry import check_model_type
+from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.registry import resolve
+from mmtoken.engine.session import attach, attached
+from mmtoken.errors import CheckpointError, MMTokenError
+from mmtoken.models.registry import DEFAULT, ZooModel, find_model, list_models
+
+__all__ = ["COMPRESSOR_FILE", "ZooModel", "list_models", "load", "save"]
+
+COMPRESSOR_FILE = "mmtoken_compressor.json"
+"""Beside a model's config: {"schema_version", "mmtoken_version", "class_path", "init_args"}."""
+
+SCHEMA_VERSION = 1
+
+_DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+_logger = logging.getLogger(__name__)
+
+
+def load(
+    name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    compressor: Compressor | str | dict[str, Any] | None = None,
+    **hf_kwargs: Any,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A vision-language model, ready to generate, and its processor.
+
+    A compressor given here, or saved with the model, comes attached; `mmtoken.attached(model)` is its session.
+
+    Args:
+        name_or_path: a zoo entry ("tiny-llava", the default), a folder, or a Hugging Face id ("org/name").
+        compressor: an instance, a name, or {"class_path": ..., "init_args": ...}; goes before a saved one.
+        **hf_kwargs: go to `from_pretrained` (dtype, device_map, attn_implementation, revision, token, ...).
+
+    Raises:
+        UnknownNameError: no zoo entry, folder or id of this name.
+        UnsupportedError: the model's family has no adapter, or cannot host the compressor.
+        CheckpointError: files are missing, corrupt, do not fit together, or hold pickles instead of safetensors.
+    """
+    source, options = _locate(DEFAULT if name_or_path is None else os.fspath(name_or_path), dict(hf_kwargs))
+    with _readable(source):
+        config = AutoConfig.from_pretrained(
+            source, **{k: options[k] for k in (*_DOWNLOAD, "trust_remote_code") if k in options}
+        )
+    check_model_type(config.model_type)
+    chosen = _saved_compressor(source, options) if compressor is None else resolve(compressor)
+    _refuse_pickles(source)
+    with _readable(source):
+        # With output_loading_info a pair comes back, which its annotation does not say.
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **options
+        )
+        processor: ProcessorMixin = AutoProcessor.from_pretrained(source, **_fetching(options))
+    model: PreTrainedModel = loaded[0]
+    # transformers fills tensors that are not in the file with random numbers and logs a warning.
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"model={source!r} lacks {len(missing)} tensors, {missing[0]} among them; the checkpoint is incomplete, "
+            "fetch or export it again."
+        )
+    model.eval()
+    if chosen is not None:
+        attach(model, chosen)
+    return model, processor
+
+
+def _locate(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Folder or Hugging Face id, and the arguments of `from_pretrained`."""
+    # None would make transformers ask on the terminal.
+    options.setdefault("trust_remote_code", False)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path), options
+    if path.exists():
+        raise CheckpointError(f"model={name!r} is a file; give the folder that holds config.json and the weights.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CheckpointError(f"model={name!r} does not exist; give a folder, a Hugging Face id or a zoo entry.")
+    if name.count("/") == 1:
+        return name, options
+    return str(find_model(name).path), {**options, "local_files_only": True}
+
+
+def _fetching(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say where files come from."""
+    return {name: options[name] for name in (*_DOWNLOAD, "trust_remote_code") if name in options}
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Turn what transformers and safetensors raise about a checkpoint into one kind of error."""
+    try:
+        yield
+    except MMTokenError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(
+            f"model={source!r} cannot be loaded ({reason}); give a complete folder or id with config.json, a processor "
+            "and safetensors weights."
+        ) from error
+
+
+def _refuse_pickles(source: str) -> None:
+    folder = Path(source)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(pattern)
+    )
+    if pickles:
+        raise CheckpointError(
+            f"model={source!r} holds its weights as {pickles[0]}, a pickle that can run any code when it is loaded; "
+            "convert it to safetensors."
+        )
+    raise CheckpointError(f"model={source!r} has no *.safetensors file; the folder holds no weights.")
+
+
+def _saved_compressor(source: str, options: dict[str, Any]) -> Compressor | None:
+    """What `save` wrote beside the model, None if nothing."""
+    file = Path(source) / COMPRESSOR_FILE
+    if not Path(source).is_dir():
+        fetching = {name: value for name, value in _fetching(options).items() if name in _DOWNLOAD}
+        try:
+            with _readable(source):
+                file = Path(hf_hub_download(source, COMPRESSOR_FILE, **fetching))
+        except CheckpointError as error:
+            if not isinstance(error.__cause__, EntryNotFoundError):
+                raise
+            if isinstance(error.__cause__, LocalEntryNotFoundError):
+                _logger.warning(
+                    "offline: whether %s was saved with a compressor is not known; none is attached", source
+                )
+            return None
+    if not file.is_file():
+        return None
+    try:
+        saved = json.loads(file.read_text())
+        schema = saved["schema_version"]
+        spec = {"class_path": saved["class_path"], "init_args": saved["init_args"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is no compressor file ({type(error).__name__}: {error}); delete it or save the model again."
+        ) from error
+    if schema != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{file} has schema_version={schema!r}, this mmtoken reads {SCHEMA_VERSION}; upgrade mmtoken."
+        )
+    return resolve(spec)
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    *,
+    processor: ProcessorMixin | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model, the compressor attached to it and its processor to a folder that `load` reads.
+
+    The folder appears whole or not at all. Returns it.
+
+    Args:
+        model: any transformers model, with or without a compressor attached.
+        folder: a new or empty folder.
+        processor: saved beside the model; without one, `load` needs it added.
+        overwrite: replace a folder that is not empty, with everything in it.
+
+    Raises:
+        CheckpointError: the folder is not empty, or a file of this name exists.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
+        raise CheckpointError(
+            f"folder={str(target)!r} exists and is not empty; give a new folder, or overwrite=True to replace it."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        whole = work / "new"
+        model.save_pretrained(whole)
+        if processor is not None:
+            processor.save_pretrained(whole)
+        session = attached(model)
+        if session is not None:
+            saved = {"schema_version": SCHEMA_VERSION, "mmtoken_version": _version(), **session.compressor.to_dict()}
+            (whole / COMPRESSOR_FILE).write_text(json.dumps(saved, indent=2) + "\n")
+        if target.exists():
+            target.rename(work / "old")
+        whole.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _version() -> str:
+    try:
+        return version("mmtoken")
+    except PackageNotFoundError:
+        return "unknown"

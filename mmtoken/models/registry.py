@@ -1,0 +1,69 @@
+"""The zoo: models trained by this project that ship inside the package. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmtoken.errors import UnknownNameError, near_names
+
+_ASSETS = Path(__file__).parents[1] / "assets"
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A zoo entry; its card lies at `models/<folder>/README.md` in the repository.
+
+    Attributes:
+        name: what `load` takes.
+        description: one line for people.
+        folder: in `mmtoken/assets`, in the format that transformers loads.
+        card: folder of the card under `models/`.
+        licence: of the weights.
+    """
+
+    name: str
+    description: str
+    folder: str
+    card: str
+    licence: str = "Apache-2.0"
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint is."""
+        return _ASSETS / self.folder
+
+
+DEFAULT = "tiny-llava"
+
+ZOO: tuple[ZooModel, ...] = (
+    ZooModel(
+        "tiny-llava", "LLaVA, 3 M parameters: questions about shapes, digits on photographs", "tiny_llava", "tiny_llava"
+    ),
+    ZooModel(
+        "tiny-llava-no-dense",
+        "the same, trained without the dense patch loss that favours saliency methods",
+        "tiny_llava_no_dense",
+        "tiny_llava",
+    ),
+)
+
+
+def list_models() -> list[ZooModel]:
+    """The zoo entries that this installation holds."""
+    return [entry for entry in ZOO if (entry.path / "config.json").is_file()]
+
+
+def find_model(name: str) -> ZooModel:
+    """The zoo entry of that name.
+
+    Raises:
+        UnknownNameError: there is none; the message lists near names.
+    """
+    entries = {entry.name: entry for entry in list_models()}
+    if name not in entries:
+        raise UnknownNameError(
+            f"model={name!r} is no zoo entry, no folder and no Hugging Face id of the form 'org/name'"
+            f"{near_names(name, entries)}"
+        )
+    return entries[name]

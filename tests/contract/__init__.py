@@ -1,0 +1,1 @@
+"""What every compressor promises on every backbone it can be attached to."""

@@ -1,0 +1,160 @@
+"""Which compressors, settings and models the contract suites run, and which part of it `make test` runs.
+
+The full product runs under `pytest tests/contract -m ""`. By default pairs outside these are deselected (marker
+`contract_full`): every compressor on three anchor backbones, every backbone under three anchor compressors, and a
+seeded tenth of the rest. Pairs of anchors carry the marker `lowest`: the lowest supported versions run those.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmtoken.compressors import (
+    Compressor,
+    DivPrune,
+    Downscale,
+    FastV,
+    PyramidDrop,
+    Random,
+    ToMe,
+    UniformGrid,
+    VisionZip,
+)
+from mmtoken.engine.report import Report
+from tests import oracle
+from tests.backbones.tiny_models import CELLS, build, inputs
+from tests.contract import reference
+
+Cell = tuple[str, str]
+"""(family, modality)."""
+
+# The tiny models have four decoder layers. The first setting of a compressor stands for it where one is enough.
+COMPRESSORS: dict[str, Compressor] = {
+    "fastv": FastV(keep=0.4, layer=2),
+    "fastv-count": FastV(keep=3, layer=1),
+    "fastv-last-layer": FastV(keep=0.25, layer=3),
+    "fastv-renumber": FastV(keep=0.4, layer=2, positions="renumber"),
+    "pyramiddrop": PyramidDrop(keep=0.25),
+    "pyramiddrop-count": PyramidDrop(keep=2, layers=(1, 2)),
+    "pyramiddrop-shares": PyramidDrop(keep=0.25, layers=(1, 3), shares=(0.5, 0.25)),
+    "pyramiddrop-repo": PyramidDrop(keep=0.3, layers=(2, 3), variant="repo"),
+    "pyramiddrop-renumber": PyramidDrop(keep=0.25, layers=(1, 3), positions="renumber"),
+    "visionzip": VisionZip(keep=0.4),
+    "visionzip-count": VisionZip(keep=3, contextual=1),
+    "visionzip-repo": VisionZip(keep=0.5, contextual=2, variant="repo"),
+    "visionzip-renumber": VisionZip(keep=0.4, positions="renumber"),
+    "divprune": DivPrune(keep=0.3),
+    "divprune-count": DivPrune(keep=3),
+    "divprune-renumber": DivPrune(keep=0.3, positions="renumber"),
+    "tome": ToMe(keep=0.5),
+    "tome-count": ToMe(keep=3),
+    "tome-renumber": ToMe(keep=0.5, positions="renumber"),
+    "random": Random(keep=0.4),
+    "random-count": Random(keep=3, seed=7),
+    "random-renumber": Random(keep=0.4, positions="renumber"),
+    "uniformgrid": UniformGrid(keep=0.3),
+    "uniformgrid-count": UniformGrid(keep=3),
+    "uniformgrid-renumber": UniformGrid(keep=0.3, positions="renumber"),
+    "downscale": Downscale(keep=0.4),
+    "downscale-count": Downscale(keep=3),
+    "downscale-renumber": Downscale(keep=0.4, positions="renumber"),
+}
+
+ANCHOR_COMPRESSORS = ("divprune", "fastv", "pyramiddrop")
+ANCHOR_CELLS: tuple[Cell, ...] = (("llava", "image"), ("qwen3_vl", "image"), ("smolvlm", "image"))
+
+DYNAMIC = ("qwen2_5_vl", "qwen3_vl")
+"""Families whose number of visual tokens follows the size of the image."""
+
+
+def refused(name: str, cell: Cell) -> str | None:
+    """Why a pair cannot be attached, in words that the error must contain; None where it can."""
+    if "prepare" in COMPRESSORS[name].sites and cell[0] in DYNAMIC:
+        return "before the processor"
+    return None
+
+
+def _rest() -> set[tuple[str, Cell]]:
+    """The pairs outside the anchors that the default run leaves out."""
+    pairs = [(name, cell) for name in COMPRESSORS for cell in CELLS]
+    rest = [(name, cell) for name, cell in pairs if name not in ANCHOR_COMPRESSORS and cell not in ANCHOR_CELLS]
+    drawn = set(random.Random(0).sample(range(len(rest)), len(rest) // 10))
+    return {pair for number, pair in enumerate(rest) if number not in drawn}
+
+
+LEFT_OUT = _rest()
+
+
+def marks(name: str, cell: Cell) -> list[pytest.MarkDecorator]:
+    """The markers of a pair."""
+    if (name, cell) in LEFT_OUT:
+        return [pytest.mark.contract_full]
+    return [pytest.mark.lowest] if name in ANCHOR_COMPRESSORS and cell in ANCHOR_CELLS else []
+
+
+def pairs(names: Iterable[str] = COMPRESSORS, cells: Iterable[Cell] = tuple(CELLS)) -> Callable[[Any], Any]:
+    """Parametrize a test over (name, cell) for every supported pair."""
+    params = [
+        pytest.param(name, cell, id=f"{name}-{'-'.join(cell)}", marks=marks(name, cell))
+        for name in names
+        for cell in cells
+        if refused(name, cell) is None
+    ]
+    return pytest.mark.parametrize(("name", "cell"), params)
+
+
+@functools.cache
+def tiny(family: str, attn: str = "sdpa") -> nn.Module:
+    """The family's model; shared, so tests must leave it as it was."""
+    return build(family, attn)
+
+
+@functools.cache
+def batch(cell: Cell, case: str, seed: int = 1) -> dict[str, Tensor]:
+    """The inputs of a case; shared, so runs get clones (`oracle.clone`)."""
+    return inputs(tiny(cell[0]), *cell, case, seed=seed)
+
+
+@functools.cache
+def dense(cell: Cell, case: str, attn: str = "sdpa", tokens: int = 4, seed: int = 1) -> oracle.Generated:
+    """What the unmodified model generates."""
+    return oracle.generate_with_logits(tiny(cell[0], attn), batch(cell, case, seed), max_new_tokens=tokens)
+
+
+@functools.cache
+def dense_logits(cell: Cell, case: str, attn: str = "sdpa") -> Tensor:
+    """float[B, L, V]: logits of one forward call of the unmodified model."""
+    return logits(tiny(cell[0], attn), batch(cell, case))
+
+
+@functools.cache
+def protected(cell: Cell, case: str, seed: int = 1) -> Tensor:
+    """bool[B, L]: separators among the visual tokens of a case."""
+    return reference.separators(tiny(cell[0]), batch(cell, case, seed))
+
+
+def keeps(report: Report, cell: Cell, case: str, seed: int = 1) -> dict[int, Tensor]:
+    """bool[B, L] per decoder layer: what a report of a call on this case says is left."""
+    depth = len(oracle.text_model(tiny(cell[0])).layers)
+    return reference.kept_by_layer(report, protected(cell, case, seed), depth)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: oracle.Inputs, **kwargs: Any) -> Tensor:
+    """float[B, L, V]: logits of one forward call."""
+    result: Tensor = model(**oracle.clone(inputs), **kwargs).logits
+    return result
+
+
+def assert_close(got: Tensor, want: Tensor) -> None:
+    """The project's one tolerance: 1e-5 x max(1, largest magnitude) in float32."""
+    limit = 1e-5 * max(1.0, float(want.abs().max()))
+    error = oracle.max_error(got, want)
+    assert error <= limit, f"differs by {error:.3g}, allowed are {limit:.3g}"

@@ -1,0 +1,198 @@
+"""The masked model that hides exactly what a report says was dropped, and the decoder inputs it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmtoken.engine.report import Report
+from tests import oracle
+from tests.backbones.tiny_models import visual_mask
+
+KeepPerLayer = Mapping[int, Tensor]
+
+
+def kept_by_layer(report: Report, separators: Tensor, depth: int) -> dict[int, Tensor]:
+    """bool[B, L] for every decoder layer: the tokens that it sees.
+
+    Cuts between layers count from their layer on; what was decided at other sites counts from the first layer on.
+
+    Args:
+        report: of one prefill.
+        separators: bool[b, L], see `separators`; beams repeat its rows.
+        depth: layers of the decoder.
+    """
+    rows = len(report.prompt_lengths)
+    never = separators.repeat_interleave(rows // len(separators), 0)
+
+    def mask(kept: Sequence[Tensor]) -> Tensor:
+        keep = torch.ones_like(never)
+        for row, places, left in zip(report.item_rows, report.places, kept, strict=True):
+            keep[row, places] = False
+            keep[row, places[left]] = True
+        return keep | never
+
+    cuts = {site.layer: mask(site.kept) for site in report.sites if site.site == "llm_layer"}
+    if not cuts:
+        return dict.fromkeys(range(depth), mask(report.kept))
+    keep = torch.ones_like(never)
+    masks = {}
+    for layer in range(depth):
+        keep = masks[layer] = cuts.get(layer, keep)
+    return masks
+
+
+def separators(model: nn.Module, inputs: oracle.Inputs) -> Tensor:
+    """bool[B, L]: newline tokens among the visual ones, found as those whose embedding is the model's newline."""
+    visual = visual_mask(model, inputs)
+    newline = getattr(model.base_model, "image_newline", None)
+    if newline is None:
+        return torch.zeros_like(visual)
+    with recording(model) as calls, torch.no_grad():
+        model(**oracle.clone(inputs))
+    return visual & (calls[0]["inputs_embeds"] == newline).all(-1)
+
+
+def assert_items_are_the_placeholders(report: Report, model: nn.Module, inputs: oracle.Inputs) -> None:
+    """The report's items are exactly the visual tokens of the prompt, each once, in order."""
+    found = torch.zeros_like(inputs["input_ids"])
+    for row, places in zip(report.item_rows, report.places, strict=True):
+        assert bool((places.diff() > 0).all())
+        found[row, places] += 1
+    assert torch.equal(found, visual_mask(model, inputs).long())
+
+
+@contextmanager
+def masked_per_call(model: nn.Module, calls: Sequence[KeepPerLayer]) -> Iterator[nn.Module]:
+    """`oracle.masked_keys`, with masks of its own for every call of the decoder; later calls use the last ones."""
+    decoder = oracle.text_model(model)
+    open_mask = ExitStack()
+    number = iter(range(1 << 30))
+
+    def before(*_: Any) -> None:
+        keep = calls[min(next(number), len(calls) - 1)]
+        open_mask.enter_context(oracle.masked_keys(model, keep))
+
+    def after(*_: Any) -> None:
+        open_mask.close()
+
+    handles = [
+        decoder.register_forward_pre_hook(before),
+        decoder.register_forward_hook(after, always_call=True),
+    ]
+    try:
+        yield model
+    finally:
+        open_mask.close()
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """The arguments of every call of the decoder, as they are before hooks that are set later act."""
+    calls: list[dict[str, Any]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(dict(kwargs))
+
+    handle = oracle.text_model(model).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def given_prompts(model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> Iterator[nn.Module]:
+    """Put other embeddings (and DeepStack features) in the place of the prompts' own.
+
+    Args:
+        model: the unmodified model.
+        prompts: arguments of decoder calls; a call of the shape of one of them gets its features.
+    """
+    by_shape = {prompt["inputs_embeds"].shape: prompt for prompt in prompts}
+
+    def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        prompt = by_shape.get(kwargs["inputs_embeds"].shape)
+        if prompt is None:
+            return None
+        names = ("inputs_embeds", "deepstack_visual_embeds")
+        return args, {**kwargs, **{name: prompt[name] for name in names if name in prompt}}
+
+    handle = oracle.text_model(model).register_forward_pre_hook(change, with_kwargs=True)
+    try:
+        yield model
+    finally:
+        handle.remove()
+
+
+def with_merged(report: Report, call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call of the decoder with the features of the surviving tokens at their places."""
+    embeds: Tensor = call["inputs_embeds"].clone()
+    tokens = report.tokens
+    assert tokens is not None
+    for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
+        valid = tokens.valid[item]
+        embeds[row, places[tokens.source[item, valid]]] = tokens.features[item, valid]
+    return {**call, "inputs_embeds": embeds}
+
+
+def alone(model: nn.Module, cell: tuple[str, str], inputs: oracle.Inputs, row: int) -> dict[str, Tensor]:
+    """One row of a batch as a batch of its own: no padding, its own pixels only."""
+    family, modality = cell
+    real = inputs["attention_mask"][row].bool()
+    single = {
+        name: inputs[name][row : row + 1, real]
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        if name in inputs
+    }
+    visual = visual_mask(model, inputs)
+    if not visual[row].any():
+        return single
+    if family in ("smolvlm", "idefics3"):
+        # Rows are padded with empty tiles.
+        tiles = inputs["pixel_values"][row].flatten(1).ne(0).any(-1)
+        return single | {name: inputs[name][row : row + 1, tiles] for name in ("pixel_values", "pixel_attention_mask")}
+    first, last = _items(cell, inputs, visual, row)
+    if family in ("qwen2_5_vl", "qwen3_vl"):
+        grid = f"{modality}_grid_thw"
+        pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
+        patches = inputs[grid].prod(-1)
+        start, stop = int(patches[:first].sum()), int(patches[:last].sum())
+        single |= {pixels: inputs[pixels][start:stop], grid: inputs[grid][first:last]}
+        if "second_per_grid_ts" in inputs:
+            single["second_per_grid_ts"] = inputs["second_per_grid_ts"][first:last]
+        return single
+    names = ("pixel_values", "pixel_values_videos", "image_sizes")
+    single |= {name: inputs[name][first:last] for name in names if name in inputs}
+    if "batch_num_images" in inputs:
+        single["batch_num_images"] = torch.tensor([last - first])
+    return single
+
+
+def _items(cell: tuple[str, str], inputs: oracle.Inputs, visual: Tensor, row: int) -> tuple[int, int]:
+    """Which images or videos of the batch belong to a row."""
+    counts = [int(n) for n in visual.sum(-1)]
+    if "batch_num_images" in inputs:
+        numbers = iter(inputs["batch_num_images"].tolist())
+        per_row = [next(numbers) if n else 0 for n in counts]
+    elif cell == ("llava", "image"):
+        per_row = [n // 16 for n in counts]
+    elif cell == ("llava_onevision", "video"):
+        per_row = [n // 17 for n in counts]
+    else:
+        sizes = iter((inputs[f"{cell[1]}_grid_thw"].prod(-1) // 4).tolist())
+        per_row = []
+        for n in counts:
+            items = 0
+            while n:
+                n -= next(sizes)
+                items += 1
+            per_row.append(items)
+    first = sum(per_row[:row])
+    return first, first + per_row[row]
