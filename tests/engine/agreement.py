@@ -52,30 +52,21 @@ def assert_close(got: Tensor, want: Tensor) -> None:
 
 
 def left_in_layers(report: Report, batch: Mapping[str, Any], depth: int) -> dict[int, Tensor]:
-    """Per decoder layer bool[B, L], False at visual tokens that a report says the layer did not see.
-
-    For cuts between layers: the sites of the report name the layers.
-    """
-    shape = batch["input_ids"].shape
+    """Per decoder layer bool[B, L], False at visual tokens that a report says the layer did not see."""
+    assert report.tokens is not None
+    cuts = {site.layer: site.kept for site in report.sites if site.site == "llm_layer"}
+    before = [site.kept for site in report.sites if site.site == "llm_input"]
+    # Sites before the decoder count in tiles or frames; only the last set counts in tokens of an item.
+    now = before[-1] if before else None if cuts else report.kept
     keep = {}
     for layer in range(depth):
-        left = torch.ones(shape, dtype=torch.bool)
-        done = [site for site in report.sites if site.layer is None or site.layer <= layer]
-        if done:
-            for row, places, kept in zip(report.item_rows, report.places, done[-1].kept, strict=True):
-                gone = torch.ones(len(places), dtype=torch.bool)
-                gone[kept] = False
-                left[row, places[gone & _counted(report, places, row)]] = False
+        now = cuts.get(layer, now)
+        left = torch.ones(batch["input_ids"].shape, dtype=torch.bool)
+        for item, kept in enumerate([] if now is None else now):
+            gone = torch.ones(len(report.places[item]), dtype=torch.bool)
+            gone[kept] = False
+            separators = report.tokens.valid[item] & report.tokens.protected[item]
+            gone[report.tokens.source[item][separators]] = False
+            left[report.item_rows[item], report.places[item][gone]] = False
         keep[layer] = left
     return keep
-
-
-def _counted(report: Report, places: Tensor, row: int) -> Tensor:
-    """bool[N]: which of an item's tokens are not separators (these are never dropped)."""
-    assert report.tokens is not None
-    item = next(i for i, p in enumerate(report.places) if p is places)
-    flags = torch.ones(len(places), dtype=torch.bool)
-    tokens = report.tokens
-    where = tokens.valid[item] & tokens.protected[item]
-    flags[tokens.source[item][where]] = False
-    return flags
