@@ -78,5 +78,5 @@ def main(argv: list[str], subcommand: str = "fit") -> int:
             args=[subcommand, *argv],
         )
     except (ArgumentError, MisconfigurationException) as error:
-        raise MMTokenError(f"{subcommand}: {error}") from error
+        raise MMTokenError(f"{' '.join([subcommand, *argv])}: {error}") from error
     return 0
