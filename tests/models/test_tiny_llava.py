@@ -138,7 +138,7 @@ def test_patch_labels_against_counting_pixels(scenes: list[Sample], photos: list
 
 def test_the_switch_removes_the_dense_loss_and_nothing_else(scenes: list[Sample], photos: list[Sample]) -> None:
     batch = TensorBatch.of(Batch(scenes, photos))
-    dense, plain = (TinyLlava(SMALL, dense_patch_loss=flag).losses(batch) for flag in (True, False))
+    dense, plain = (TinyLlava(SMALL, dense_patch_steps=steps).losses(batch) for steps in (None, 0))
     assert set(dense) - set(plain) == {"patches"} and dense["patches"] > 0
     for name, value in plain.items():
         assert torch.equal(value, dense[name]), name
