@@ -163,15 +163,20 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
         mass = torch.zeros(full.counts[item], device=device)
         mass[~protected[item]] = torch.isin(inside // area, pick.to(device)).float()
         chosen.append(mass)
-    features = output.pooler_output
-    stretched = [part[where] for part, where in zip(features, index, strict=True)]
-    output.pooler_output = torch.stack(stretched) if isinstance(features, Tensor) else tuple(stretched)
-    if getattr(output, "deepstack_features", None) is not None:
-        output.deepstack_features = [
-            tuple(part[where] for part, where in zip(layer, index, strict=True)) for layer in output.deepstack_features
-        ]
     offsets = torch.tensor([0, *record.layout.counts[:-1]], device=full.protected.device).cumsum(0)
     flat = torch.cat([where + offset for where, offset in zip(index, offsets, strict=True)])
+    features = output.pooler_output
+    # transformers 5.17 adds the separators of a video later, so that its features end before them.
+    stretched = [part[where[where < len(part)]] for part, where in zip(features, index, strict=True)]
+    output.pooler_output = torch.stack(stretched) if isinstance(features, Tensor) else tuple(stretched)
+    if getattr(output, "deepstack_features", None) is not None:
+        # one tensor per layer in 5.17, one per layer and item later
+        output.deepstack_features = [
+            layer[flat]
+            if isinstance(layer, Tensor)
+            else tuple(part[where] for part, where in zip(layer, index, strict=True))
+            for layer in output.deepstack_features
+        ]
 
     def stretch(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[flat]

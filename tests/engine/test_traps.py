@@ -459,7 +459,7 @@ def test_indices_are_checked() -> None:
     assert not [path.name for path in sources if re.search(r"\btake_along_dim\(", path.read_text())]
     states, beyond = torch.zeros(1, 5, 2), torch.tensor([[0, 7]])
     for pick in (gather.rows, lambda t, i: gather.last(t[..., 0], i)):
-        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        with pytest.raises((RuntimeError, IndexError), match=r"out of.* bounds"):
             pick(states, beyond)
 
 
