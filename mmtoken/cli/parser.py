@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,7 +52,7 @@ def take_compressor(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace
     options, rest = parser.parse_known_args(argv)
     settings = _settings(parser, rest)
     if options.keep is not None:
-        settings["keep"] = _value(options.keep)
+        settings["keep"] = read_value(options.keep)
     if options.compressor is None:
         if settings:
             raise MMTokenError(f"{next(iter(settings))} is a setting of a compressor; name one with --compressor.")
@@ -73,14 +74,14 @@ def _settings(parser: Parser, rest: list[str]) -> dict[str, Any]:
             if following is None:
                 parser.error(f"argument {name} expects a value")
             value = following
-        settings[setting] = _value(value)
+        settings[setting] = read_value(value)
     return settings
 
 
-def _value(text: str) -> Any:
-    """A number as Python reads it ("-.5" and "1e-3" too), or a word or list as YAML does."""
-    for number in (int, float):
-        with suppress(ValueError):
+def read_value(text: str) -> Any:
+    """A number as Python reads it ("-.5", "1e-3") or as a fraction ("1/3"), or a word or list as YAML does."""
+    for number in (int, float, lambda given: float(Fraction(given))):
+        with suppress(ValueError, ZeroDivisionError):
             return number(text)
     try:
         return yaml.safe_load(text)

@@ -189,7 +189,7 @@ def evaluate(
         benchmarks: names of benchmarks.
         pictures: held-out pictures per benchmark, each with all its questions.
         batch_size: questions per call.
-        rounds: interleaved rounds of the timing.
+        rounds: interleaved rounds of the timing; 0 leaves it out.
         progress: told about every step.
 
     Returns:
@@ -200,7 +200,7 @@ def evaluate(
     """
     counts = {key: pictures if isinstance(pictures, int) else pictures[key] for key in benchmarks}
     if min(counts.values(), default=0) < 1:
-        raise MMTokenError(f"limit={min(counts.values(), default=0)}; ask about at least 1 picture.")
+        raise MMTokenError(f"pictures={min(counts.values(), default=0)}; ask about at least 1 picture.")
     device = model.device
     able, refused = supported(model, entrants)
     with one_thread(device):
@@ -211,9 +211,11 @@ def evaluate(
             marks = ", ".join(f"{key} {row['accuracy'][key][ALL]['accuracy']:.3f}" for key in benchmarks)
             progress(f"accuracy: {number} of {len(able)}: {entrant.key}: {marks}")
             results.append(row)
-        progress("accuracy: timing the same model")
-        for row, times in zip(results, _time(model, able, prepared[0].batches[0], rounds), strict=True):
-            row.update(times)
+        if rounds:
+            progress("accuracy: timing the same model")
+            batch = prepared[0].batches[0]
+            for row, times in zip(results, first_token_times(model, able, batch, rounds), strict=True):
+                row.update(times)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "accuracy",
@@ -262,7 +264,9 @@ def _row(model: PreTrainedModel, processor: Any, entrant: Entrant, prepared: Seq
 
 
 @torch.no_grad()
-def _time(model: PreTrainedModel, entrants: Sequence[Entrant], batch: Batch, rounds: int) -> list[dict[str, Any]]:
+def first_token_times(
+    model: PreTrainedModel, entrants: Sequence[Entrant], batch: Batch, rounds: int
+) -> list[dict[str, Any]]:
     """Time to the first token per question, in ms, interleaved over all entrants; paired speed-up over dense."""
 
     def variant(entrant: Entrant) -> Callable[[Stopwatch], object]:

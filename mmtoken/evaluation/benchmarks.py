@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mmtoken.errors import MMTokenError, near_names
 
 TEST_SEED = 2
-"""Generator seed of the test split: training draws from seeds 0, 3, 6, ..., validation from 1, 4, 7, ..."""
+"""Generator seed of the test split that belongs to training seed 0 (`mmtoken.datasets.vqa_mix.split_seed`)."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""`mmtoken bench`: speed, memory and accuracy of the dense model, the controls and chosen compressors, in one run.
+
+Speed and memory come from a LLaVA-shaped model with random weights, accuracy from a trained model: two results, two
+files, never one figure. Both hold the same line-up: the dense model first, the controls, then the compressors, each at
+every budget.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmtoken.cli.parser import Parser, find_device, read_value
+from mmtoken.errors import InputError, MMTokenError
+from mmtoken.evaluation import accuracy, pictures, speed, tables
+from mmtoken.evaluation.lineup import KEEPS, METHODS, line_up
+from mmtoken.evaluation.timing import MIN_ROUNDS
+from mmtoken.hub import load
+from mmtoken.wholefile import whole_file
+
+DEFAULT_MODEL = "tiny-llava"
+
+
+def _parser() -> Parser:
+    parser = Parser("mmtoken bench", __doc__ or "")
+    parser.add_argument("--what", choices=("both", "speed", "accuracy"), default="both", help="default: both")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="trained model for accuracy; default: %(default)s")
+    parser.add_argument(
+        "--compressors", default=",".join(METHODS), metavar="A,B", help="beside the controls; default: %(default)s"
+    )
+    parser.add_argument(
+        "--keeps",
+        default=",".join(f"{keep:g}" for keep in KEEPS),
+        metavar="K,K",
+        help="budgets: fractions (0.25, 1/3) or counts (64); default: %(default)s",
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=100, metavar="N", help="held-out pictures per benchmark; default: %(default)s"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=MIN_ROUNDS, metavar="N", help="interleaved rounds of timing; default: %(default)s"
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1; default: %(default)s")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run `mmtoken bench` with the arguments after the sub-command; 0 on success.
+
+    Raises:
+        MMTokenError: an argument cannot be used.
+    """
+    options = _parser().parse_args(argv)
+    for field in ("pictures", "rounds"):
+        if getattr(options, field) < 1:
+            raise MMTokenError(f"{field}={getattr(options, field)}; give a whole number of at least 1.")
+    device = find_device(options.device)
+    entrants = line_up(_names(options.compressors), [read_value(text.strip()) for text in options.keeps.split(",")])
+    if options.what != "speed":
+        pictures.check_matplotlib()
+        model, processor = load(options.model)
+    folder = _folder(options.out)
+    written: list[Path] = []
+    shown: list[str] = []
+    if options.what != "accuracy":
+        results = speed.measure(entrants, rounds=options.rounds, device=device, progress=_progress)
+        written += [_write_json(results, folder / "speed.json")]
+        written += [_write_text(tables.speed_report(results), folder / "speed.md")]
+        shown += [table(results).text() for table in (tables.speed_table, tables.hooks_table, tables.targets_table)]
+    if options.what != "speed":
+        model.to(device)
+        results = accuracy.evaluate(
+            model,
+            processor,
+            entrants,
+            name=options.model,
+            pictures=options.pictures,
+            rounds=options.rounds,
+            progress=_progress,
+        )
+        stem = f"accuracy-{Path(options.model).name}"
+        written += [_write_json(results, folder / f"{stem}.json")]
+        drawn = pictures.draw_all(results, folder, stem)
+        written += [_write_text(tables.accuracy_report(results, [file.name for file in drawn]), folder / f"{stem}.md")]
+        written += drawn
+        shown += [table(results).text() for table in (tables.accuracy_table, tables.types_table)]
+    sys.stdout.write("\n\n".join(shown) + "\n\n" + "".join(f"wrote {path}\n" for path in written))
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise MMTokenError(f"compressors={text!r} has an empty name; give names with commas between: visionzip,fastv.")
+    return names
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out={str(path)!r} is no folder and none can be made there: {error.strerror}.") from error
+    return path
+
+
+def _write_json(results: Mapping[str, Any], path: Path) -> Path:
+    return _write_text(json.dumps(results, indent=1) + "\n", path)
+
+
+def _write_text(text: str, path: Path) -> Path:
+    with whole_file(path) as temporary:
+        temporary.write_text(text)
+    return path
+
+
+def _progress(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
