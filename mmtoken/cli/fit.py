@@ -40,17 +40,18 @@ class RecipeCLI(LightningCLI):
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             super().parse_arguments(parser, args)
 
-    def before_fit(self) -> None:
-        self._check_checkpoint()
 
-    def before_validate(self) -> None:
-        self._check_checkpoint()
+def check_checkpoint(argv: list[str]) -> None:
+    """Refuse a --ckpt_path that is damaged, or holds more than tensors and numbers, before Lightning unpickles it.
 
-    def _check_checkpoint(self) -> None:
-        """Refuse a damaged checkpoint, or one that holds more than tensors and numbers: Lightning would unpickle it."""
-        path = self.config[self.subcommand].get("ckpt_path")
-        if path is None or not Path(path).suffix:  # "last", "best"
-            return
+    Raises:
+        CheckpointError: it is.
+    """
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        path = value or following
+        if name != "--ckpt_path" or not Path(path).suffix:  # "last" and "best" are Lightning's own
+            continue
         try:
             torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
@@ -66,6 +67,7 @@ def main(argv: list[str], subcommand: str = "fit") -> int:
     Raises:
         MMTokenError: the recipe or an option cannot be used.
     """
+    check_checkpoint(argv)
     try:
         RecipeCLI(
             model_class=L.LightningModule,
@@ -78,5 +80,5 @@ def main(argv: list[str], subcommand: str = "fit") -> int:
             args=[subcommand, *argv],
         )
     except (ArgumentError, MisconfigurationException) as error:
-        raise MMTokenError(f"{subcommand}: {error}") from error
+        raise MMTokenError(f"{' '.join([subcommand, *argv])}: {error}") from error
     return 0

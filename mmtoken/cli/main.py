@@ -44,21 +44,23 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    caught: BaseException
     words = [word for word in words if word != "--debug"]
     try:
         return _dispatch(words)
     except MMTokenError as error:
-        message, code = str(error), 2
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
+        caught, message, code = error, str(error), 2
+    except KeyboardInterrupt as error:
+        caught, message, code = error, "interrupted", 130
     except BrokenPipeError:  # whoever read the output has gone
         sys.stderr.close()
         return 0
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")
-        message, code = f"{type(error).__name__}: {first} (a bug in mmtoken; --debug shows the traceback)", 1
+        message = f"{type(error).__name__}: {first} (a bug in mmtoken; --debug shows the traceback)"
+        caught, code = error, 1
     if debug:
-        traceback.print_exc()
+        traceback.print_exception(caught)
     sys.stderr.write(f"mmtoken: error: {' '.join(message.split())}\n")
     return code
 

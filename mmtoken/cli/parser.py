@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,7 +78,10 @@ def _settings(parser: Parser, rest: list[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A number, word or list as YAML reads it."""
+    """A number as Python reads it ("-.5" and "1e-3" too), or a word or list as YAML does."""
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ def renumber(position_ids: Tensor, dropped: Tensor, items: list[tuple[int, Tenso
     """Close the gaps that dropped tokens leave.
 
     One axis: a token moves down by the number of tokens dropped before it. Three axes (M-RoPE): the kept tokens of an
-    item move so that their bounding box starts where the item started, and what follows moves down by as much as the
-    largest extent of the box shrank.
+    run of an item move so that their bounding box starts where the run started, and what follows moves down by as much
+    as the largest extent of the box shrank. An item is one run, except where text parts its frames (Qwen3-VL writes a
+    time before each): a frame must not move in front of its own time.
 
     Args:
         position_ids: int[B, L] or int[3 or 4, B, L] (4: text positions first).
@@ -33,7 +34,7 @@ def renumber(position_ids: Tensor, dropped: Tensor, items: list[tuple[int, Tenso
     axes = position_ids.expand(-1, rows, -1).clone()
     shift = torch.zeros_like(axes[0])
     total = torch.zeros_like(shift[:, 0])
-    for row, places in items:
+    for row, places in [(row, run) for row, item in items for run in _runs(item)]:
         grid = axes[-3:, row, places]
         kept = grid[:, ~dropped[row, places]]
         start = grid.min()
@@ -47,6 +48,11 @@ def renumber(position_ids: Tensor, dropped: Tensor, items: list[tuple[int, Tenso
     if axes.shape[0] == 4:
         moved[0] = axes[0] - before
     return moved, total
+
+
+def _runs(places: Tensor) -> Iterable[Tensor]:
+    """Consecutive positions among int[n] ascending ones."""
+    return places.tensor_split(((places.diff() != 1).nonzero()[:, 0] + 1).cpu())
 
 
 def generation_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

@@ -41,9 +41,9 @@ ZOO: tuple[ZooModel, ...] = (
         "tiny-llava", "LLaVA, 3 M parameters: questions about shapes, digits on photographs", "tiny_llava", "tiny_llava"
     ),
     ZooModel(
-        "tiny-llava-no-dense",
-        "the same, trained without the dense patch loss that favours saliency methods",
-        "tiny_llava_no_dense",
+        "tiny-llava-brief-dense",
+        "the same, with the dense patch loss (it favours saliency methods) in the first fifth of training only",
+        "tiny_llava_brief_dense",
         "tiny_llava",
     ),
 )

@@ -79,12 +79,13 @@ def test_an_image_loses_the_same_tokens_alone_in_a_batch_and_on_every_beam(llava
         for pixels, kept in zip(batch["pixel_values"], together, strict=True):
             llava(**{**alone, "pixel_values": pixels[None]})
             assert session.report.kept[0].tolist() == kept
+        assert len({tuple(kept) for kept in together}) == 3
+        # One image per row: transformers 5.17 hands images of other rows to beams of rows with several.
+        batch = tiny_models.inputs(llava, "llava", case="plain")
+        llava(**batch)
+        first, second = (kept.tolist() for kept in session.report.kept)
         llava.generate(**batch, num_beams=3, max_new_tokens=2, do_sample=False)
-        report = session.report
-    kept = [kept.tolist() for kept in report.kept]
-    assert report.item_rows == [0, 0, 1, 1, 2, 2, 3, 4, 5]
-    assert kept == [*together[:2]] * 3 + [together[2]] * 3
-    assert len({tuple(one) for one in together}) == 3
+        assert [kept.tolist() for kept in session.report.kept] == [first] * 3 + [second] * 3
 
 
 @torch.no_grad()
@@ -141,6 +142,7 @@ def test_a_square_lattice_is_square():
     assert lattice(4, (1, 4, 4)) == [5, 7, 13, 15]
     assert lattice(16, (1, 4, 4)) == list(range(16)) and lattice(1, (1, 3, 3)) == [4]
     assert lattice(2, (4, 1, 1)) == [1, 3]
+    assert len(set(lattice(10, (1, 2, 9)))) == 10  # a single band of nine columns would not hold them
 
 
 @settings(deadline=None)

@@ -110,8 +110,8 @@ def test_the_schedule_falls_evenly_never_asks_for_more_than_half_and_ends_at_the
     method, final = ToMe(keep=keep), kept_count(keep, total)
     targets = [total, *(method.target(total, layer, last) for layer in range(1, last + 1))]
     assert targets[-1] == final and targets == sorted(targets, reverse=True)
-    for layer in range(1, last):  # the last block goes on until the budget is met
-        assert targets[layer] >= final
+    for layer in range(1, last + 1):  # what is left can be halved down to the budget in the blocks that remain
+        assert final <= targets[layer] <= final * 2 ** (last - layer)
     reachable = final * 2 ** (last - 1)
     if reachable >= total - round((total - final) / last):
         # Evenly as long as halving keeps up.

@@ -47,7 +47,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "pyramiddrop-repo": PyramidDrop(keep=0.3, layers=(2, 3), variant="repo"),
     "pyramiddrop-renumber": PyramidDrop(keep=0.25, layers=(1, 3), positions="renumber"),
     "visionzip": VisionZip(keep=0.4),
-    "visionzip-count": VisionZip(keep=3, contextual=1),
+    "visionzip-count": VisionZip(keep=3, contextual=2),
     "visionzip-repo": VisionZip(keep=0.5, contextual=2, variant="repo"),
     "visionzip-renumber": VisionZip(keep=0.4, positions="renumber"),
     "divprune": DivPrune(keep=0.3),

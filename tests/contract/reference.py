@@ -115,14 +115,15 @@ def given_prompts(model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> Ite
         model: the unmodified model.
         prompts: arguments of decoder calls; a call of the shape of one of them gets its features.
     """
-    by_shape = {prompt["inputs_embeds"].shape: prompt for prompt in prompts}
+    by_shape = {prompt["inputs_embeds"].shape[:2]: prompt for prompt in prompts}
 
     def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        prompt = by_shape.get(kwargs["inputs_embeds"].shape)
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        prompt = by_shape.get((ids if embeds is None else embeds).shape[:2])
         if prompt is None:
             return None
         names = ("inputs_embeds", "deepstack_visual_embeds")
-        return args, {**kwargs, **{name: prompt[name] for name in names if name in prompt}}
+        return args, {**kwargs, "input_ids": None, **{name: prompt[name] for name in names if name in prompt}}
 
     handle = oracle.text_model(model).register_forward_pre_hook(change, with_kwargs=True)
     try:

@@ -71,6 +71,7 @@ ATTACH: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "progressive cuts on a bare tower": (lambda: tiny("siglip_vision"), COMPRESSORS["pyramiddrop"], "a bare tower"),
     "a layer beyond the depth": (lambda: tiny("llava"), FastV(layer=4), "layer=4 but this decoder has 4 layers"),
     "a stage beyond the depth": (lambda: tiny("qwen3_vl"), PyramidDrop(layers=(1, 9)), "layers=9 but"),
+    "shares without stages": (lambda: tiny("llava"), PyramidDrop(keep=0.5, shares=(0.5,)), "1 stages"),
     "flash attention": (
         lambda: with_attention("flash_attention_2"),
         DivPrune(),

@@ -72,8 +72,9 @@ class TinyLlava(L.LightningModule):
 
     Args:
         network: sizes of the network.
-        dense_patch_loss: read colour, shape and digit off every patch while training. It makes patches of objects
-            stand out, which favours pruning methods that rank patches; the second zoo model is trained without it.
+        dense_patch_steps: steps during which colour, shape and digit are also read off every patch; None: all of
+            them, 0: none. The loss makes patches of objects stand out, which favours pruning methods that rank patches;
+            the second zoo model has it for the first fifth of its training only.
         pair_weight: weight of the loss that teaches CLS which colour-shape pairs the picture holds.
         photo_weight: weight of the answers on photographs, beside 1 for those on scenes.
         background_weight: weight of patches without content in the dense loss.
@@ -88,7 +89,7 @@ class TinyLlava(L.LightningModule):
     def __init__(
         self,
         network: NetworkConfig | None = None,
-        dense_patch_loss: bool = True,
+        dense_patch_steps: int | None = None,
         pair_weight: float = 0.1,
         photo_weight: float = 0.25,
         background_weight: float = 0.1,
@@ -109,7 +110,7 @@ class TinyLlava(L.LightningModule):
             self.network.model.vision_tower.compile(dynamic=False)
             self.network.model.language_model.compile(dynamic=True)  # the packed length differs from step to step
         self.heads = AuxiliaryHeads(self.config.width)
-        self.dense_patch_loss = dense_patch_loss
+        self.dense_patch_steps = dense_patch_steps
         self.pair_weight, self.photo_weight, self.background_weight = pair_weight, photo_weight, background_weight
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.weight_decay, self.beta2 = weight_decay, beta2
@@ -142,7 +143,7 @@ class TinyLlava(L.LightningModule):
             terms[name] = weight * F.cross_entropy(self.answer_logits(hidden[rows, 1:], packed), target)
         pair_loss = F.binary_cross_entropy_with_logits(pairs.float(), batch.pairs, reduction="none")
         terms["pairs"] = self.pair_weight * pair_loss.sum(dim=1).mean()
-        if self.dense_patch_loss:
+        if self.dense_patch_steps is None or self.global_step < self.dense_patch_steps:
             dense = hidden.new_zeros((), dtype=torch.float32)
             for logits, target in zip(patches, batch.patches, strict=True):
                 weights = torch.ones(logits.shape[-1], device=logits.device)
