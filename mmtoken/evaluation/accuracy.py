@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from mmtoken.engine.flops import DecoderShape, prefill_flops
 from mmtoken.engine.session import compress
 from mmtoken.errors import MMTokenError
-from mmtoken.evaluation.benchmarks import TEST_SEED, Benchmark, Item, find
+from mmtoken.evaluation.benchmarks import TEST_SEED, Benchmark, Item, exact_match, find
 from mmtoken.evaluation.lineup import DENSE, Entrant, supported
 from mmtoken.evaluation.metrics import majority, wilson
 from mmtoken.evaluation.timing import Stopwatch, Summary, environment, interleave, one_thread, paired
@@ -82,12 +82,14 @@ class Answers:
 
     Attributes:
         correct: per item 1 or 0.
+        exact: share of answers that equal the expected one as they stand.
         tokens_in, tokens_out, layer_average: visual tokens per picture, means over the questions.
         flops, flops_dense: decoder prefill per question, means.
         seconds: CPU seconds (GPU: wall seconds) of the whole pass.
     """
 
     correct: list[int]
+    exact: float
     tokens_in: float
     tokens_out: float
     layer_average: float
@@ -100,7 +102,7 @@ class Answers:
 def answer(model: PreTrainedModel, processor: Any, entrant: Entrant, prepared: Prepared) -> Answers:
     """Ask every question of a benchmark once, greedily."""
     benchmark, items = prepared.benchmark, prepared.items
-    correct = [0] * len(items)
+    correct, exact = [0] * len(items), 0
     sums = dict.fromkeys(("tokens_in", "tokens_out", "layer_average", "flops", "flops_dense"), 0.0)
     clock = time.perf_counter if model.device.type == "cuda" else time.process_time
     started = clock()
@@ -111,7 +113,9 @@ def answer(model: PreTrainedModel, processor: Any, entrant: Entrant, prepared: P
             start = batch.inputs["input_ids"].shape[1]
             texts = processor.batch_decode(output[:, start:], skip_special_tokens=True)
             for i, text in zip(batch.index, texts, strict=True):
-                correct[i] = benchmark.score(benchmark.parse(text), items[i].answer)
+                parsed = benchmark.parse(text)
+                correct[i] = benchmark.score(parsed, items[i].answer)
+                exact += exact_match(parsed, items[i].answer)
             if session is None:
                 measured = _dense_measures(model, batch)
             else:
@@ -128,7 +132,7 @@ def answer(model: PreTrainedModel, processor: Any, entrant: Entrant, prepared: P
             for name, value in measured.items():
                 sums[name] += value * len(batch.index)
     means = {name: value / len(items) for name, value in sums.items()}
-    return Answers(correct=correct, seconds=clock() - started, **means)
+    return Answers(correct=correct, exact=exact / len(items), seconds=clock() - started, **means)
 
 
 def _generate(model: Any, batch: Batch, new_tokens: int) -> Tensor:
@@ -259,6 +263,7 @@ def _row(model: PreTrainedModel, processor: Any, entrant: Entrant, prepared: Seq
         "flops": each("flops", 0),
         "flops_dense": each("flops_dense", 0),
         "seconds": each("seconds"),
+        "exact_match": each("exact"),
         "accuracy": {p.benchmark.name: scores(p.items, answers[p.benchmark.name].correct) for p in prepared},
     }
 

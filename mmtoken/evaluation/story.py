@@ -18,7 +18,7 @@ from mmtoken.engine.report import Report
 from mmtoken.engine.session import compress
 from mmtoken.evaluation import accuracy, speed
 from mmtoken.evaluation.accuracy import Batch, first_token_times
-from mmtoken.evaluation.benchmarks import ask, exact_match, first_line
+from mmtoken.evaluation.benchmarks import ask, begins_with, first_line
 from mmtoken.evaluation.lineup import DENSE, Entrant, line_up
 from mmtoken.evaluation.overlay import View, draw, overlays
 from mmtoken.evaluation.timing import environment, one_thread
@@ -202,7 +202,7 @@ def _tell_one(
     return Told(
         entrant=entrant,
         answers=answers,
-        correct=[bool(exact_match(a, s.expected)) for a, s in zip(answers, samples, strict=True)],
+        correct=[bool(begins_with(a, s.expected)) for a, s in zip(answers, samples, strict=True)],
         overlays=marked,
         stages=stages,
         tokens=sum(report.tokens_out) / count,

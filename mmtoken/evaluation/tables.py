@@ -154,8 +154,8 @@ def speed_report(results: Results) -> str:
             f"LLaVA-shaped model with random weights: hidden {shape['hidden']}, {shape['layers']} layers, "
             f"{shape['visual_tokens']} visual + {shape['text_tokens']} text tokens, batch 1, {results['dtype']}. "
             f"{_measured(results)} Medians of {results['rounds']} interleaved rounds; speed-ups are ratios taken "
-            "within a round, over the dense model, scoring included. Weights do not change how long a layer takes; nothing "
-            "here says anything about accuracy.",
+            "within a round, over the dense model, scoring included. Weights do not change how long a layer takes; "
+            "nothing here says anything about accuracy.",
             "",
             speed_table(results).markdown(),
             "",
