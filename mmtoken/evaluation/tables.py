@@ -192,7 +192,7 @@ def accuracy_report(results: Results, pictures: Sequence[str]) -> str:
             f"# Accuracy of {results['model']}",
             "",
             f"Held-out pictures that training never drew (generator seed {results['split']['seed']}): {asked}. Greedy "
-            "generate(); an answer counts when it is exactly the expected one. Tokens and FLOPs (decoder prefill, per "
+            "generate(); an answer counts when it begins with the expected one. Tokens and FLOPs (decoder prefill, per "
             f"question, first benchmark) are measured. Time is {results['timing']['what']}, median of "
             f"{results['timing']['rounds']} interleaved rounds in batches of {results['timing']['batch']}. "
             f"{_measured(results)}",
