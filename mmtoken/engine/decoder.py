@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from mmtoken.engine import attention, gather, masks
 from mmtoken.engine.cache import LogicalLayer, logical_layer, make_logical, new_cache
 from mmtoken.engine.compat import CACHE, cache_in, check_checkpointing, with_cache
 from mmtoken.engine.encoder import encoded_by, forget
+from mmtoken.engine.flops import DecoderShape
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber
 from mmtoken.engine.prefill import CallContext, Cut, Items, Prefill, locate, most_mass
@@ -48,6 +49,7 @@ class DecoderHooks:
         self.hides = session.mode == "mask"
         depth = len(decoder.layers)
         self.depth = depth
+        self.shape = DecoderShape.from_config(decoder.config)
         self.cuts = self.compressor.cut_layers(depth)
         self.scored = self.compressor.score_layers(depth)
         self.tapped: dict[int, int] = {}
@@ -196,7 +198,7 @@ class DecoderHooks:
             input_ids=state.input_ids,
         )
         state.prefill = call
-        start_report(self.session, call, self.decoder, encoded)
+        start_report(self.session, call, self.shape, encoded)
         embeds, keep = self._decide(call)
         call.cut = call.base = Cut.of(0, keep, hides=self.hides)
         if self.tapped:
@@ -349,44 +351,33 @@ class DecoderHooks:
         return gather.rows(hidden, before.rank.gather(1, call.cut.index))
 
     def _cut_arguments(self, call: Prefill, number: int, given: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
-        """A layer's other arguments after a cut; computed once per cut and argument object."""
+        """A layer's other arguments after a cut; layers that are given the same ones share the result."""
+        ids, tables = given.get("position_ids"), given.get("position_embeddings")
+        values = (given.get("attention_mask"), ids, tables)
+        key = tuple(map(id, values))
+        memo = call.cut.memo
+        if key not in memo:
+            # Holding the values keeps their ids from being used again.
+            memo[key] = (values, self._shorten_arguments(call, number, ids, tables, hidden))
+        return {**given, **memo[key][1]}
+
+    def _shorten_arguments(self, call: Prefill, number: int, ids: Any, tables: Any, hidden: Tensor) -> dict[str, Any]:
         cut = call.cut
-
-        @functools.cache
-        def relative() -> Tensor:
-            assert call.base is not None
-            return call.base.rank.gather(1, cut.index)
-
-        def once(name: str, make: Callable[[Any], Any]) -> Any:
-            value = given.get(name)
-            key = (name, id(value))
-            if key not in cut.memo:
-                cut.memo[key] = (value, make(value))  # holding `value` keeps its id from being used again
-            return cut.memo[key][1]
-
-        def mask(_: Any) -> Tensor | None:
-            made = masks.prefill_mask(self.decoder, call, cut, number, hidden)
-            # Layers, unlike the decoder, take no two-dimensional mask.
-            return made if made is not None and made.ndim == 4 else None
-
-        def tables(value: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            if cut.position_ids is None:
-                return tuple(gather.rows(table, relative()) for table in value)
-            axes = cut.position_ids[-3:] if cut.position_ids.ndim == 3 else cut.position_ids
-            rotated: tuple[Tensor, ...] = self.decoder.rotary_emb(hidden, axes)
-            return rotated
-
-        def ids(value: Tensor) -> Tensor:
-            moved = cut.position_ids
-            if moved is None:
-                return gather.last(value, relative())
-            return moved[0] if moved.ndim > value.ndim else moved  # of several axes layers get the text's
-
-        changed = {**given, "attention_mask": once("attention_mask", mask)}
-        if given.get("position_ids") is not None:
-            changed["position_ids"] = once("position_ids", ids)
-        if given.get("position_embeddings") is not None:
-            changed["position_embeddings"] = once("position_embeddings", tables)
+        assert call.base is not None
+        relative = call.base.rank.gather(1, cut.index)
+        mask = masks.prefill_mask(self.decoder, call, cut, number, hidden)
+        # Layers, unlike the decoder, take no two-dimensional mask.
+        changed: dict[str, Any] = {"attention_mask": mask if mask is not None and mask.ndim == 4 else None}
+        moved = cut.position_ids
+        if ids is not None and moved is None:
+            changed["position_ids"] = gather.last(ids, relative)
+        elif ids is not None and moved is not None:
+            # Of several axes layers get the text's.
+            changed["position_ids"] = moved[0] if moved.ndim > ids.ndim else moved
+        if tables is not None and moved is None:
+            changed["position_embeddings"] = tuple(gather.rows(table, relative) for table in tables)
+        elif tables is not None and moved is not None:
+            changed["position_embeddings"] = self.decoder.rotary_emb(hidden, moved[-3:] if moved.ndim == 3 else moved)
         return changed
 
     def _note_scores(

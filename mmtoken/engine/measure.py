@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mmtoken.engine.session import Session
 
 
-def start_report(session: Session, call: Prefill, decoder: Any, encoded: Mapping[str, Encoded]) -> None:
+def start_report(session: Session, call: Prefill, shape: DecoderShape, encoded: Mapping[str, Encoded]) -> None:
     """Note what came in."""
     state = session.thread
     sites = [site for record in encoded.values() for site in record.sites]
@@ -27,7 +27,7 @@ def start_report(session: Session, call: Prefill, decoder: Any, encoded: Mapping
     report.places = [places for _, places in call.items.spans()]
     report.tokens_in = call.tokens.counts()
     report.prompt_lengths = [int(n) for n in call.real.sum(-1).tolist()]
-    report.decoder = DecoderShape.from_config(decoder.config)
+    report.decoder = shape
     report.vision_seconds = sum(record.seconds for record in encoded.values())
     keep = session.compressor.keep
     if isinstance(keep, int):

@@ -193,7 +193,7 @@ class Cut:
     shift: Tensor | None = None
     position_ids: Tensor | None = None
     hides: bool = False
-    memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
+    memo: dict[tuple[int, ...], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, group: int, keep: Tensor, *, hides: bool = False) -> Cut:
