@@ -1,102 +1,20 @@
-"""Measures an exported tiny LLaVA the way it is used, through its processor and `generate`, and draws its curve."""
+"""What the card of the tiny LLaVA shows, made from files that lie beside it.
+
+`metrics/<run>.csv` are Lightning's logs of the training runs; `accuracy-<model>.json` is what
+`mmtoken bench --what accuracy --model <model> --out models/tiny_llava` writes.
+"""
 
 from __future__ import annotations
 
 import csv
-import json
-import platform
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-from mmtoken.datasets.photo_digits import PHOTOGRAPHS, PhotoDigits
-from mmtoken.datasets.shapes_qa import QUESTION_TYPES, Sample, ShapesQA
-from mmtoken.datasets.vqa_mix import split_seed
+from mmtoken.datasets.photo_digits import PHOTOGRAPHS
+from mmtoken.datasets.shapes_qa import QUESTION_TYPES
 from mmtoken.errors import MMTokenError
 from mmtoken.models.tiny_llava.objective import PHOTO_NUMBER
-
-SCHEMA_VERSION = 1
-
-
-@torch.inference_mode()
-def answers(model: Any, processor: Any, asked: Iterable[tuple[Sample, str]], batch_size: int = 64) -> list[str]:
-    """Greedy answers to `(sample, question)` pairs, in their order, by `processor.apply_chat_template` and `generate`.
-
-    Model and processor are transformers' own; nothing here knows that the model is a small one.
-    """
-    given: list[str] = []
-    pairs = list(asked)
-    for start in range(0, len(pairs), batch_size):
-        turns = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": Image.fromarray(sample.image)},
-                        {"type": "text", "text": question},
-                    ],
-                }
-            ]
-            for sample, question in pairs[start : start + batch_size]
-        ]
-        inputs = processor.apply_chat_template(
-            turns,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            processor_kwargs={"padding": True},
-        ).to(model.device)
-        out = model.generate(**inputs, do_sample=False)
-        given += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return given
-
-
-def evaluate(folder: str | Path, *, seed: int = 0, scenes: int = 600, photos: int = 600) -> dict[str, Any]:
-    """Accuracy of an exported folder on the test split of `seed`, per question type, beside the majority baseline.
-
-    An answer counts when it equals the expected one as a string. The baseline always gives the type's most frequent
-    answer among these same questions.
-    """
-    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    test = split_seed(seed, "test")
-    found: dict[str, dict[str, float | int]] = {}
-    right_of_all = asked_in_all = 0
-    for samples, photographs in ((ShapesQA(test, scenes), False), (PhotoDigits(test, photos), True)):
-        right: Counter[str] = Counter()
-        expected: dict[str, Counter[str]] = defaultdict(Counter)
-        pairs = [(sample, question) for sample in samples for question in sample.questions]
-        for (_, question), answer in zip(
-            pairs, answers(model, processor, [(s, q.text) for s, q in pairs]), strict=True
-        ):
-            kind = PHOTO_NUMBER if photographs else question.type
-            expected[kind][question.answer] += 1
-            right[kind] += answer == question.answer
-        for kind in (*QUESTION_TYPES, PHOTO_NUMBER):
-            if kind in expected:
-                n = expected[kind].total()
-                majority = expected[kind].most_common(1)[0][1] / n
-                found[kind] = {"accuracy": right[kind] / n, "n": n, "majority_baseline": majority}
-        if not photographs:
-            right_of_all, asked_in_all = right.total(), len(pairs)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "accuracy": found,
-        "scenes_overall": {"accuracy": right_of_all / asked_in_all, "n": asked_in_all},
-        "test": {"generator_seed": test, "scenes": scenes, "photos": photos, "decoding": "greedy generate, float32"},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
 
 
 def training_facts(metrics: Sequence[str | Path]) -> dict[str, Any]:
@@ -106,7 +24,7 @@ def training_facts(metrics: Sequence[str | Path]) -> dict[str, Any]:
     return {"steps": steps, "cpu_minutes": round(max(row["cpu"] for row in rows), 1)}
 
 
-def plot_curves(runs: dict[str, Sequence[str | Path]], picture: str | Path) -> None:
+def plot_curves(runs: Mapping[str, Sequence[str | Path]], picture: str | Path) -> None:
     """Validation accuracy per question type against CPU minutes, one panel per run.
 
     Raises:
@@ -133,21 +51,26 @@ def plot_curves(runs: dict[str, Sequence[str | Path]], picture: str | Path) -> N
     figure.savefig(picture, dpi=110)
 
 
-def result_table(results: dict[str, Any]) -> str:
-    """The accuracy table of the card, in Markdown, from the content of `results.json`."""
-    models: dict[str, Any] = results["models"]
-    first = next(iter(models.values()))
+def result_table(accuracy: Mapping[str, Mapping[str, Any]], training: Mapping[str, Mapping[str, Any]]) -> str:
+    """The accuracy table of the card, in Markdown.
+
+    Args:
+        accuracy: per model the content of its accuracy JSON; all asked the same questions.
+        training: per model its `training_facts`.
+    """
+    first = next(iter(accuracy.values()))
+    dense = {name: found["results"][0]["accuracy"] for name, found in accuracy.items()}
     lines = [
-        "| question type | n | majority | " + " | ".join(models) + " |",
-        "|---|---|---|" + "---|" * len(models),
+        "| question type | questions | majority | " + " | ".join(accuracy) + " |",
+        "|---|---|---|" + "---|" * len(accuracy),
     ]
-    for kind, row in first["accuracy"].items():
-        label = "number on photographs" if kind == PHOTO_NUMBER else kind
-        found = " | ".join(f"{m['accuracy'][kind]['accuracy']:.3f}" for m in models.values())
-        lines.append(f"| {label} | {row['n']} | {row['majority_baseline']:.3f} | {found} |")
-    found = " | ".join(f"{m['scenes_overall']['accuracy']:.3f}" for m in models.values())
-    lines.append(f"| all scene questions | {first['scenes_overall']['n']} | | {found} |")
-    steps = " | ".join(f"{m['training']['steps']} / {m['training']['cpu_minutes']:.0f}" for m in models.values())
+    for benchmark, title in first["titles"].items():
+        for kind, row in first["results"][0]["accuracy"][benchmark].items():
+            label = f"**{title}, all**" if kind == "all" else kind
+            scores = [dense[name][benchmark][kind] for name in accuracy]
+            cells = " | ".join(f"{s['accuracy']:.3f} ({s['low']:.2f}-{s['high']:.2f})" for s in scores)
+            lines.append(f"| {label} | {row['total']} | {first['baselines'][benchmark][kind]:.3f} | {cells} |")
+    steps = " | ".join(f"{training[name]['steps']} / {training[name]['cpu_minutes']:.0f}" for name in accuracy)
     lines.append(f"| training steps / CPU minutes | | | {steps} |")
     return "\n".join(lines)
 
@@ -157,12 +80,6 @@ def photograph_table() -> str:
     lines = ["| photograph | from | used for | licence | source |", "|---|---|---|---|---|"]
     lines += [f"| {p.name} | {p.package} | {p.split} | {p.license} | {p.source} |" for p in PHOTOGRAPHS]
     return "\n".join(lines)
-
-
-def write(results: dict[str, Any], path: str | Path) -> None:
-    """Results as JSON, numbers rounded to four places."""
-    rounded = json.loads(json.dumps(results), parse_float=lambda text: round(float(text), 4))
-    Path(path).write_text(json.dumps(rounded, indent=2) + "\n")
 
 
 def _rows(metrics: Sequence[str | Path]) -> list[dict[str, Any]]:
