@@ -39,11 +39,11 @@ def test_an_installed_wheel_answers_a_question_about_a_shipped_sample(wheel: Pat
     venv.create(tmp_path / "venv", with_pip=False)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
     python = tmp_path / "venv" / "bin" / "python"
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--quiet", str(wheel)]
-    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    subprocess.run(install, check=True, capture_output=True, timeout=300, cwd=tmp_path, env=environment)
     # Dependencies come from the environment of the tests; what is editable there stays invisible behind a .pth entry.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
     def run(*command: str) -> str:
         done = subprocess.run(
