@@ -114,7 +114,8 @@ def _samples(story: Story, keeps: Sequence[int], shown: int) -> str:
     parts = [
         '<section aria-labelledby="samples">\n<h2 id="samples">Six pictures, one question each</h2>',
         "<p>Bright patches were kept, the rest was dropped. Names in italics are controls: a method that does not beat "
-        "a random draw, a regular grid and a smaller picture has shown nothing.</p>",
+        "a random draw, a regular grid and a smaller picture has shown nothing. An answer counts when it begins with the "
+        "expected one: with little picture left, this small model may not stop after it.</p>",
         f'<fieldset class="budget"><legend>Keep</legend>{radios}</fieldset>',
     ]
     plain = dense(story.told)
