@@ -36,7 +36,6 @@ COMPRESSOR_FILE = "mmtoken_compressor.json"
 SCHEMA_VERSION = 1
 
 _DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 _logger = logging.getLogger(__name__)
 
@@ -209,9 +208,15 @@ def save(
         if session is not None:
             saved = {"schema_version": SCHEMA_VERSION, "mmtoken_version": _version(), **session.compressor.to_dict()}
             (whole / COMPRESSOR_FILE).write_text(json.dumps(saved, indent=2) + "\n")
+        old = work / "old"
         if target.exists():
-            target.rename(work / "old")
-        whole.rename(target)
+            target.rename(old)
+        try:
+            whole.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
