@@ -126,7 +126,7 @@ def _locate(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     path = Path(name).expanduser()
     if name and path.is_dir():
         return str(path), {**options, "local_files_only": True}
-    if path.exists():
+    if name and path.exists():
         raise CheckpointError(f"model={name!r} is a file; give the folder that holds config.json and the weights.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from mmtoken import __version__
 from mmtoken.cli.parser import Parser, quiet
 
 _PACKAGES = {
@@ -59,7 +60,7 @@ def _environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     flash = "installed" if find_spec("flash_attn") is not None else "not installed"
     return {
-        "mmtoken": version_of("mmtoken"),
+        "mmtoken": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",

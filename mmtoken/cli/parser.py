@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -96,8 +97,8 @@ def read_value(text: str) -> Any:
 def _spec(text: str) -> str | dict[str, Any]:
     """The name, the dict that is written out, or what the file of that name holds."""
     if text.startswith("{"):
-        spec = read_value(text)
-        return spec if isinstance(spec, dict) else text
+        written = read_value(text)
+        return written if isinstance(written, dict) else text
     if not text.endswith((".yaml", ".yml", ".json")):
         return text
     file = Path(text)
@@ -122,7 +123,7 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:

@@ -72,8 +72,8 @@ def _answer(options: Any, compressor: Any, images: list[Any]) -> dict[str, Any]:
     if before:
         if options.save_overlay:
             raise InputError(
-                f"save-overlay={options.save_overlay!r}: {type(compressor).__name__} makes the image smaller before this "
-                "model sees it and drops no patch; leave the overlay out."
+                f"save-overlay={options.save_overlay!r}: {type(compressor).__name__} makes the image smaller before "
+                "this model sees it and drops no patch; leave the overlay out."
             )
         images = compressor.prepare(images)
     inputs = _inputs(processor, options.ask, images, device)
@@ -105,8 +105,8 @@ def _inputs(processor: Any, question: str, images: list[Any], device: Any) -> di
         reason = " ".join(str(error).split()) or type(error).__name__
         short = question if len(question) <= 60 else f"{question[:60]}..."
         raise InputError(
-            f"ask={short!r} with {len(images)} images is refused by this model's processor ({reason}); leave image tokens "
-            "out of the question, give one image, or take another model."
+            f"ask={short!r} with {len(images)} images is refused by this model's processor ({reason}); leave image "
+            "tokens out of the question, give one image, or take another model."
         ) from error
     return {name: value.to(device) for name, value in inputs.items()}
 

@@ -118,6 +118,9 @@ class VQAMix(L.LightningDataModule):
         validation_photos: int = 192,
     ) -> None:
         super().__init__()
+        for name, count in (("scene_batch", scene_batch), ("photo_batch", photo_batch)):
+            if count < 0 or scene_batch + photo_batch == 0:
+                raise InputError(f"{name}={count}: a step needs pictures; give at least 0, and not 0 for both batches.")
         self.scene_batch, self.photo_batch = scene_batch, photo_batch
         plan = stages or [Stage()]
         starts = [stage.start for stage in plan]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -24,12 +26,12 @@ Output = pytest.CaptureFixture[str]
 
 
 def refused(capsys: Output, *words: str) -> str:
-    """The error line of a command that must fail."""
+    """The one line that a command that must fail writes."""
     assert main(list(words)) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1 and lines[0].startswith("mmtoken: error: ")
-    assert "Traceback" not in lines[0]
-    return lines[0]
+    written = capsys.readouterr()
+    assert written.err.startswith("mmtoken: error: ") and written.err.count("\n") == 1, written.err
+    assert written.out == ""
+    return written.err.strip()
 
 
 def ask(capsys: Output, *words: str, image: str = SCENE) -> str:
@@ -49,6 +51,7 @@ def ask(capsys: Output, *words: str, image: str = SCENE) -> str:
         ("true", "keep=True is a bool"),
         ("many", "keep='many' is a str"),
         ("[1, 2]", "keep=[1, 2] is a list"),
+        ("", "keep='' is a str"),
     ],
 )
 def test_keep(capsys: Output, keep: str, words: str) -> None:
@@ -65,6 +68,9 @@ def test_keep(capsys: Output, keep: str, words: str) -> None:
         (["--compressor", "fastv", "--compressor.layer", "99"], "layer=99 but this decoder has 8 layers"),
         (["--compressor", "fastv", "--compressor.layer"], "expects a value"),
         (["--compressor", "nothing.yaml"], "compressor='nothing.yaml' cannot be read"),
+        (["--compressor", "{'class_path': os.system}"], "class_path='os.system' is no Compressor"),
+        (["--compressor", "{'class_path': fastv, 'init_args': {'keep': 0}}"], "keep=0 keeps nothing"),
+        (["--compressor", "{oops"], "compressor='{oops' is unknown"),
         (["--keep", "4"], "name one with --compressor"),
         (["--colour"], "unrecognized argument '--colour'"),
         (["--max-new-tokens", "0"], "max-new-tokens=0"),
@@ -74,7 +80,9 @@ def test_keep(capsys: Output, keep: str, words: str) -> None:
         (["--compressor", "fastv", "--save-overlay", "/nowhere/x.png"], "does not exist"),
         (["--compressor", "fastv", "--save-overlay", "x.txt"], "ends in .png"),
         (["--model", "tiny-lava"], "did you mean 'tiny-llava'"),
-        (["--model", "./no/such/folder"], "does not exist"),
+        (["--model", "./no/such/folder"], "does not exist; give a folder"),
+        (["--model", "./tiny_llava"], "did you mean 'tiny-llava'"),
+        (["--model", ""], "model='' is no zoo entry"),
         (["--model", SCENE], "is a file; give the folder"),
     ],
 )
@@ -146,7 +154,7 @@ def test_checkpoints(capsys: Output, checkpoint: Path) -> None:
     save_file({key: value for key, value in tensors.items() if key != lost}, weights, {"format": "pt"})
     assert "lacks 1 tensors" in message()
     save_file({**tensors, lost: tensors[lost][:5].clone()}, weights, {"format": "pt"})
-    assert "cannot be loaded" in message()
+    assert "layers.3.mlp.up_proj.weight is [5, 128] and config.json asks for [384, 128]" in message()
     weights.unlink()
     torch.save(tensors, checkpoint / "pytorch_model.bin")
     assert "pickle" in message()
@@ -156,14 +164,61 @@ def test_checkpoints(capsys: Output, checkpoint: Path) -> None:
     config = (checkpoint / "config.json").read_text()
     (checkpoint / "config.json").write_text(config.replace('"llava"', '"gpt2"'))
     assert "model_type='gpt2' has no adapter" in ask(capsys, "--model", name)
-    (checkpoint / "config.json").write_text("{")
-    assert "cannot be loaded" in message()
+    (checkpoint / "config.json").write_text('{"model_type": "a-family-of-tomorrow"}')
+    assert "has no adapter. Known: " in ask(capsys, "--model", name)
+    (checkpoint / "config.json").write_text('{"model_type": "llama"}')
+    assert "is a bare decoder (model_type='llama')" in message()
+    (checkpoint / "config.json").write_text(config.replace('"hidden_size": 128', '"hidden_size": "wide"'))
+    assert "'hidden_size' expected int, got str" in message()
+    for garbage in ("{", "[1]", "{}"):
+        (checkpoint / "config.json").write_text(garbage)
+        assert "cannot be loaded" in message()
     (checkpoint / "config.json").unlink()
-    assert "cannot be loaded" in message()
+    assert "has no config.json" in message()
     (checkpoint / "config.json").write_text(config)
-    (checkpoint / "processor_config.json").unlink()
-    (checkpoint / "tokenizer.json").unlink()
-    assert "cannot be loaded" in message()
+    assert main(["run", "--model", name, "--image", SCENE, "--ask", "read the number."]) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("processor_config.json", None, "cannot be loaded"),
+        ("processor_config.json", "{", "cannot be loaded"),
+        ("tokenizer.json", None, "cannot be loaded"),
+        ("tokenizer.json", "{", "cannot be loaded"),
+        ("tokenizer_config.json", None, "has no tokenizer_config.json"),
+        ("chat_template.jinja", None, "refused by this model's processor"),
+        ("chat_template.jinja", "{% if %}", "refused by this model's processor"),
+        ("chat_template.jinja", "no place for an image", "refused by this model's processor"),
+        ("mmtoken_compressor.json", "{", "is no compressor file"),
+        ("mmtoken_compressor.json", '{"schema_version": 1, "class_path": "os.system", "init_args": {}}', "os.system"),
+    ],
+)
+def test_processors_and_compressor_files(
+    capsys: Output, checkpoint: Path, file: str, content: str | None, words: str
+) -> None:
+    if content is None:
+        (checkpoint / file).unlink()
+    else:
+        (checkpoint / file).write_text(content)
+    assert words in ask(capsys, "--model", str(checkpoint))
+
+
+def test_an_id_on_a_hub_that_cannot_be_reached(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No retries: they take more than a minute and fill the screen."""
+
+    def unknown(*args: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("mmtoken.hub.getproxies", dict)
+    assert "model='nobody/nothing' cannot be loaded" in ask(capsys, "--model", "nobody/nothing")
+
+
+def test_questions_that_hold_image_tokens(capsys: Output) -> None:
+    """More placeholders than images, and the other way round."""
+    line = refused(capsys, "run", "--image", SCENE, "--ask", "what <image> is it?")
+    assert "ask='what <image> is it?' with 1 images" in line and "leave image tokens out" in line
 
 
 def test_nan_weights(capsys: Output, checkpoint: Path) -> None:
@@ -177,21 +232,90 @@ def test_nan_weights(capsys: Output, checkpoint: Path) -> None:
         assert "NaN" in ask(capsys, "--model", str(checkpoint), "--compressor", name)
 
 
-def test_recipes(capsys: Output, tmp_path: Path) -> None:
-    assert "nothing.yaml" in refused(capsys, "fit", "--config", "nothing.yaml")
-    wrong = tmp_path / "wrong.yaml"
+_RECIPES = {
+    "a class that is none": (
+        ("mmtoken.models.tiny_llava.TinyLlava", "os.system"),
+        'key "model": Import path os.system',
+    ),
+    "a class that does not exist": (("tiny_llava.TinyLlava", "tiny_llava.Nothing"), "has no attribute 'Nothing'"),
+    "a module that does not exist": (("mmtoken.models.tiny_llava.", "nowhere."), "No module named 'nowhere'"),
+    "a key that does not exist": (("warmup_steps", "warmup_stairs"), "'warmup_stairs' is not accepted"),
+    "a value of another type": (("warmup_steps: 200", "warmup_steps: many"), "Got value: many"),
+    "a value that the model refuses": (("heads: 4", "heads: 5"), "attention heads (5)"),
+    "a value that the data refuse": (("scene_batch: 16", "scene_batch: -1"), "scene_batch=-1"),
+    "a device that does not exist": (("accelerator: cpu", "accelerator: warp"), "accelerator='warp'"),
+}
+
+
+@pytest.mark.parametrize("case", _RECIPES)
+def test_recipes_with(case: str, capsys: Output, tmp_path: Path) -> None:
+    (old, new), words = _RECIPES[case]
     recipe = Path(RECIPE).read_text()
-    wrong.write_text(recipe.replace("mmtoken.models.tiny_llava.TinyLlava", "os.system"))
-    assert "os.system" in refused(capsys, "fit", "--config", str(wrong))
-    wrong.write_text(recipe.replace("warmup_steps", "warmup_stairs"))
-    assert "warmup_stairs" in refused(capsys, "fit", "--config", str(wrong))
-    wrong.write_text("trainer: [")
-    assert "wrong.yaml" in refused(capsys, "fit", "--config", str(wrong))
-    broken = tmp_path / "broken.ckpt"
-    broken.write_bytes(b"nothing")
-    runs = ["--trainer.default_root_dir", str(tmp_path / "runs"), "--trainer.logger", "false"]
-    line = refused(capsys, "fit", "--config", RECIPE, "--model.compile", "false", *runs, "--ckpt_path", str(broken))
-    assert "is no checkpoint" in line
+    assert old in recipe
+    file = tmp_path / "wrong.yaml"
+    file.write_text(recipe.replace(old, new).replace("runs/", f"{tmp_path}/runs/"))
+    line = refused(capsys, "fit", "--config", str(file))
+    assert words in line and "compare models/tiny_llava/recipe.yaml" in line and len(line) < 400
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.yaml"]
+
+
+@pytest.mark.parametrize("content", [b"trainer: [", b"[1, 2]", b"", b"\xff\xfe", b"colour: red"])
+def test_recipes_that_are_none(content: bytes, capsys: Output, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_bytes(content)
+    refused(capsys, "validate", "--config", str(file))
+
+
+def test_recipes_that_are_missing(capsys: Output) -> None:
+    assert "nothing.yaml" in refused(capsys, "fit", "--config", "nothing.yaml")
+    assert "config is missing" in refused(capsys, "fit")
+    assert "unrecognized arguments: --colour" in refused(capsys, "fit", "--config", RECIPE, "--colour", "red")
+
+
+class Evil:
+    """Its pickle makes a file when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (self.mark,)  # type: ignore[return-value]
+
+
+def test_training_checkpoints(capsys: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, mark = tmp_path / "broken", tmp_path / "it-ran"
+    quiet = ["--trainer.logger=false", "--trainer.callbacks=null", "--model.compile=false"]
+
+    def message(*words: str) -> str:
+        return refused(capsys, "fit", "--config", RECIPE, *quiet, *words)
+
+    assert "No such file" in message("--ckpt_path", str(file))
+    file.write_bytes(b"nothing")
+    assert "is damaged" in message("--ckpt_path", str(file))
+    torch.save({"epoch": 0, "global_step": 0}, file)
+    assert "lacks state_dict" in message(f"--ckpt_path={file}")
+    torch.save({"state_dict": {}, "epoch": 0, "global_step": 0, "more": Evil(mark)}, file)
+    assert "more than tensors" in message(f"--ckpt_path={file}")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{Path(RECIPE).read_text()}\nckpt_path: {file}\n")
+    assert "more than tensors" in refused(capsys, "validate", "--config", str(recipe), *quiet)
+    assert not mark.exists()
+
+
+def test_ctrl_c_in_a_fit_is_130(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning makes exit code 1 of it."""
+
+    class Interrupted:
+        def __init__(self, **arguments: object) -> None:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                sys.exit(1)
+
+    monkeypatch.setattr("mmtoken.cli.fit.RecipeCLI", Interrupted)
+    assert main(["fit", "--config", RECIPE]) == 130
+    assert capsys.readouterr().err == "mmtoken: error: interrupted\n"
 
 
 def test_images_of_several_sizes_and_modes_are_read(capsys: Output, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from mmtoken.datasets.shapes_qa import QUESTION_TYPES
 from mmtoken.datasets.vqa_mix import Batch
+from mmtoken.errors import CheckpointError
 from mmtoken.models.tiny_llava.network import AuxiliaryHeads, NetworkConfig, build_network
 from mmtoken.models.tiny_llava.packing import PREFIX, Packed, pack, pair_labels, patch_labels, pixels
 from mmtoken.models.tiny_llava.processor import BOS_ID
@@ -245,4 +246,6 @@ class TinyLlava(L.LightningModule):
         checkpoint["cpu_seconds"] = self._cpu_now()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "cpu_seconds" not in checkpoint:
+            raise CheckpointError("ckpt_path holds no state of TinyLlava; give the last.ckpt of a run of its recipe.")
         self.cpu_seconds = float(checkpoint["cpu_seconds"])
