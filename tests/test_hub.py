@@ -155,7 +155,7 @@ def with_code(copy: Path) -> Path:
         ("tokenizer_config.json", ("AutoTokenizer",)),
     ):
         settings = json.loads((copy / name).read_text())
-        settings["auto_map"] = {key: "evil.Evil" for key in classes}
+        settings["auto_map"] = dict.fromkeys(classes, "evil.Evil")
         if "AutoTokenizer" in classes:
             settings["auto_map"] = {"AutoTokenizer": ["evil.Evil", None]}
         (copy / name).write_text(json.dumps(settings))
