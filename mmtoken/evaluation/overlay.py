@@ -214,7 +214,7 @@ def _tiled(
 def _tiles(pictures: Sequence[Picture], processor: Any, items: int) -> list[tuple[int, int] | None]:
     """(rows, columns) of the tiles that an image is cut into, each an item of its own; None where it is not cut."""
     settings = processor.image_processor.to_dict()
-    if not settings.get("do_image_splitting") or items == len(pictures):
+    if not pictures or not settings.get("do_image_splitting") or items == len(pictures):
         return [None] * len(pictures)
     nested = [[picture] for picture in pictures]
     cut = processor.image_processor(nested, return_row_col_info=True)
