@@ -6,18 +6,21 @@ import json
 import os
 import shutil
 import socket
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import mmtoken
 from mmtoken import attached, compress, load, save
 from mmtoken.compressors import DivPrune, FastV
-from mmtoken.errors import CheckpointError, KeepError, MMTokenError, UnknownNameError
-from mmtoken.hub import COMPRESSOR_FILE
+from mmtoken.errors import CheckpointError, KeepError, MMTokenError, UnknownNameError, UnsupportedError
+from mmtoken.hub import COMPRESSOR_FILE, skeleton
 from mmtoken.models import registry
 from mmtoken.models.registry import DEFAULT, ZOO, ZooModel, find_model, list_models
 from tests.backbones.processors import conversation, photograph, write_checkpoint
@@ -406,3 +409,108 @@ def test_an_entry_whose_files_did_not_come_along_is_neither_listed_nor_found(mon
     assert ghost not in list_models()
     with pytest.raises(UnknownNameError, match="Known: tiny-llava"):
         find_model("ghost")
+
+
+# What load refuses, and what it takes to ask which compressors fit
+
+
+def test_a_skeleton_has_no_weights_and_is_enough_to_check(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    folder = save(loaded[0], tmp_path / "saved", processor=loaded[1])
+    (folder / "model.safetensors").unlink()  # is not even looked for
+    model, saved = skeleton(folder)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert saved == FastV(keep=0.25, layer=1) and attached(model) is None
+    mmtoken.check(model, FastV(keep=4, layer=2))
+    with pytest.raises(UnsupportedError, match="layer=3 but this decoder has 3 layers"):
+        mmtoken.check(model, FastV(keep=4, layer=3))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "clip_vision_model"])
+def test_half_a_vision_language_model_is_refused(copy: Path, kind: str) -> None:
+    (copy / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UnsupportedError, match=rf"is a bare .*model_type='{kind}'.* mmtoken\.compress"):
+        load(copy)
+
+
+def test_a_family_without_adapter_is_refused_before_its_weights_are_read(copy: Path) -> None:
+    (copy / "model.safetensors").write_bytes(b"")
+    for kind in ("paligemma", "a-family-of-tomorrow"):
+        (copy / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(UnsupportedError, match=rf"model_type='{kind}' has no adapter.* Known: .*llava"):
+            load(copy)
+
+
+def test_tensors_that_are_missing_or_of_another_shape_are_not_made_up(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in sorted(tensors) if "up_proj" in key)
+    save_file({**tensors, name: tensors[name][:, :5].contiguous()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight is \[96, 5\] and config\.json asks for \[96, 64\]"):
+        load(copy)
+    save_file({key: value for key, value in tensors.items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors, .*up_proj\.weight among them"):
+        load(copy)
+
+
+def test_a_package_that_the_processor_needs_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*args: object, **kwargs: object) -> None:
+        raise ImportError("Package `num2words` is required.\nInstall it.")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lacking)
+    with pytest.raises(UnsupportedError, match=r"needs a package that is missing: Package `num2words` is required\."):
+        load(copy)
+
+
+def test_a_part_of_a_processor_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For some folders `AutoProcessor` returns a tokenizer alone."""
+    tokenizer = AutoProcessor.from_pretrained(copy).tokenizer
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **kwargs: tokenizer)
+    with pytest.raises(CheckpointError, match=r"of its processor there is only a \w*Tokenize"):
+        load(copy)
+
+
+def test_a_compressor_without_a_place_in_a_module_is_not_saved(checkpoint: Path, tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Mine(DivPrune):
+        pass
+
+    model, _ = load(checkpoint, compressor=Mine(keep=3))
+    with pytest.raises(UnsupportedError, match=r"cannot be found again as 'tests\.test_hub\.Mine'"):
+        save(model, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+@dataclass(frozen=True)
+class Ours(DivPrune):
+    """A compressor outside mmtoken."""
+
+
+def test_a_compressor_of_another_module_is_saved_and_found_when_it_is_imported(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = load(checkpoint, compressor=Ours(keep=3))
+    folder = save(model, tmp_path / "saved", processor=processor)
+    session = attached(load(folder)[0])
+    assert session is not None and session.compressor == Ours(keep=3)
+    monkeypatch.delitem(sys.modules, "tests.test_hub")
+    with pytest.raises(UnknownNameError, match=rf"{COMPRESSOR_FILE}: class_path='tests.test_hub.Ours' .* import it"):
+        load(folder)
+
+
+def test_overwriting_does_not_take_what_is_no_checkpoint(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    (tmp_path / "diary.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds no checkpoint, so overwrite=True does not replace it"):
+        save(loaded[0], tmp_path, overwrite=True)
+    assert files(tmp_path) == {"diary.txt": b"mine"}
+
+
+def test_without_a_network_an_id_is_looked_for_in_the_cache_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*args: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("mmtoken.hub.getproxies", dict)
+    with pytest.raises(CheckpointError, match="model='org/name' cannot be loaded"):
+        load("org/name", cache_dir=tmp_path)  # an attempt to connect would be another error

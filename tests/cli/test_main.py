@@ -11,6 +11,7 @@ from PIL import Image
 
 from mmtoken.cli import main as cli
 from mmtoken.cli.main import main
+from tests.backbones.processors import write_checkpoint
 
 SAMPLES = Path(__file__).parents[2] / "mmtoken" / "assets" / "samples"
 SCENE, OTHER = str(SAMPLES / "scene_1.png"), str(SAMPLES / "scene_2.png")
@@ -81,11 +82,60 @@ def test_list(capsys: Output, what: str) -> None:
     assert capsys.readouterr().out.count("\n") == len(rows) + 2
 
 
-def test_doctor_says_what_fits(capsys: Output) -> None:
+def test_images_may_be_named_one_by_one(capsys: Output) -> None:
+    assert main(["run", "--image", SCENE, "--ask", "read the number.", "--image", OTHER, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens"] == 128
+
+
+def test_a_compressor_may_be_written_out(capsys: Output) -> None:
+    ask = ["run", "--image", SCENE, "--ask", "x", "--json"]
+    spec = "{class_path: fastv, init_args: {keep: 8}}"
+    for words in (["--compressor", spec], ["--compressor", "fastv", "--compressor.init_args.keep", "8"]):
+        assert main([*ask, *words, "--compressor.layer", "3"]) == 0
+        settings = json.loads(capsys.readouterr().out)["compressor"]["init_args"]
+        assert settings["keep"] == 8 and settings["layer"] == 3
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("qwen"), layers=3))
+
+
+def test_a_model_of_dynamic_resolution_draws_overlays_and_sees_smaller_images(
+    capsys: Output, tmp_path: Path, qwen: str
+) -> None:
+    overlay = tmp_path / "kept.png"
+    ask = ["run", "--image", SCENE, OTHER, "--ask", "What is it?", "--model", qwen, "--max-new-tokens", "2", "--json"]
+    assert main([*ask, "--compressor", "divprune", "--keep", "5", "--save-overlay", str(overlay)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["report"]["tokens_out"] == [5, 5] and Image.open(overlay).size == (384 + 8 + 384, 384)
+    overlay.unlink()
+    wide = tmp_path / "wide.png"
+    Image.open(SCENE).resize((280, 140)).save(wide)
+    ask[2:4] = [str(wide)]
+    seen = []
+    for words in ([], ["--compressor", "downscale", "--keep", "0.5"]):
+        assert main([*ask, *words]) == 0
+        seen.append(json.loads(capsys.readouterr().out)["visual_tokens"])
+    assert seen[1] < seen[0]
+    assert main([*ask, "--compressor", "downscale", "--keep", "0.5", "--save-overlay", str(overlay)]) == 2
+    assert "makes the image smaller before this model sees it" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["wide.png"]
+
+
+def test_doctor_says_what_fits(capsys: Output, qwen: str) -> None:
     assert main(["doctor", "--model", "tiny-llava"]) == 0
     out = capsys.readouterr().out
     assert "transformers" in out and "sdpa" in out
     assert out.count("fits") == 8
+    assert main(["doctor", "--json", "--model", qwen]) == 0
+    findings = json.loads(capsys.readouterr().out)
+    fits = findings["model"]["compressors"]
+    assert [name for name, reason in fits.items() if reason is not None] == ["downscale"]
+    assert "compressor.prepare" in fits["downscale"]
+    assert findings["packages"]["torch"] and findings["attention"]["sdpa"] == "usable"
+    assert main(["doctor", "--json"]) == 0
+    assert "model" not in json.loads(capsys.readouterr().out)
 
 
 def test_help_and_version(capsys: Output) -> None:
