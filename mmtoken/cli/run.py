@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from mmtoken.cli.parser import Parser, add_compressor, find_device, quiet, take_compressor
-from mmtoken.errors import InputError
+from mmtoken.errors import InputError, MMTokenError
 from mmtoken.wholefile import check_target, whole_file
 
 _STAGES = ("vision", "scoring", "prefill")
@@ -112,7 +112,18 @@ def _inputs(processor: Any, question: str, images: list[Any], device: Any) -> di
 
 
 def _generate(model: Any, inputs: dict[str, Any], new_tokens: int) -> Any:
-    return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    try:
+        return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    except MMTokenError:
+        raise
+    except ValueError as error:
+        if "do not match" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"image: the prompt of this model's processor does not hold every image ({reason}); its chat template is at "
+            "fault, or give fewer images."
+        ) from error
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
