@@ -121,8 +121,8 @@ def _generate(model: Any, inputs: dict[str, Any], new_tokens: int) -> Any:
             raise
         reason = " ".join(str(error).split())
         raise InputError(
-            f"image: the prompt of this model's processor does not hold every image ({reason}); its chat template is at "
-            "fault, or give fewer images."
+            f"image: the prompt of this model's processor does not hold every image ({reason}); its chat template is "
+            "at fault, or give fewer images."
         ) from error
 
 
