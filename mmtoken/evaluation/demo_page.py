@@ -158,7 +158,7 @@ def _answer(one: Told, sample: int, expected: str) -> str:
         return f'<span class="verdict wrong">{escape(answer) or "(nothing)"} ✗ wrong</span>'
     rest = answer[len(expected) :]
     more = f'<span class="rest">{escape(rest)}</span>' if rest else ""
-    return f'<span class="verdict right">{escape(expected)}{more} ✓ right</span>'
+    return f'<span class="verdict right">{escape(answer[: len(expected)])}{more} ✓ right</span>'
 
 
 def _stages(story: Story, shown: int) -> str:
