@@ -149,11 +149,19 @@ class VisualTokens:
         return tuple(1 if grid is None else grid[0] for grid in self.grid)
 
     def counts(self) -> list[int]:
-        """Eligible tokens per item (one device synchronisation)."""
+        """Eligible tokens per item (one device synchronisation, the first time)."""
+        return list(self._counts)
+
+    @functools.cached_property
+    def _counts(self) -> list[int]:
         return [int(n) for n in self.eligible.sum(-1).tolist()]
 
     def kept(self) -> list[Tensor]:
         """Per item, int[K]: `source` of its eligible tokens."""
+        return list(self._kept)
+
+    @functools.cached_property
+    def _kept(self) -> list[Tensor]:
         return self.per_item(self.source)
 
     def per_item(self, values: Tensor) -> list[Tensor]:

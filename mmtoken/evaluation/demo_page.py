@@ -27,7 +27,7 @@ def render(story: Story) -> str:
     keeps = list(dict.fromkeys(int(one.entrant.keep) for one in story.told if one.entrant.compressor))
     shown = keeps[len(keeps) // 2]
     # The budget switch is plain CSS: a checked radio button shows what carries its class.
-    switch = "".join(f"body:has(#keep{k}:checked) .k{k}{{display:block}}tr.k{k}{{}}" for k in keeps)
+    switch = "".join(f"body:has(#keep{k}:checked) .k{k}{{display:block}}" for k in keeps)
     switch += "".join(f"body:has(#keep{k}:checked) tr.k{k}{{display:table-row}}" for k in keeps)
     body = "\n".join(
         [
@@ -122,12 +122,15 @@ def _samples(story: Story, keeps: Sequence[int], shown: int) -> str:
     for i, sample in enumerate(story.samples):
         groups = []
         for keep in keeps:
-            cards = "".join(_card(one, i) for one in story.told if one.overlays and one.entrant.keep == keep)
+            cards = "".join(
+                _card(one, i, sample.expected) for one in story.told if one.overlays and one.entrant.keep == keep
+            )
             groups.append(f'<div class="k k{keep}"><div class="cards">{cards}</div></div>')
         parts.append(
             f'<article class="sample">\n<div class="ask">{_image(sample.image, f"Sample {i + 1}: {sample.title}", 128)}'
             f"<div><h3>{escape(sample.question)}</h3><p>Expected <strong>{escape(sample.expected)}</strong>. With all "
-            f"tokens: {_answer(plain, i)}.</p><small>{escape(sample.source)}; {escape(sample.licence)}</small></div></div>"
+            f"tokens: {_answer(plain, i, sample.expected)}.</p>"
+            f"<small>{escape(sample.source)}; {escape(sample.licence)}</small></div></div>"
             f"{''.join(groups)}</article>"
         )
     parts.append(
@@ -138,20 +141,24 @@ def _samples(story: Story, keeps: Sequence[int], shown: int) -> str:
     return "\n".join(parts)
 
 
-def _card(one: Told, sample: int) -> str:
+def _card(one: Told, sample: int, expected: str) -> str:
     title = one.entrant.title
     alt = f"{title}: {round(one.tokens)} patches kept, answer {one.answers[sample] or 'empty'}"
     return (
         f'<figure class="{"control" if one.entrant.control else "method"}">'
         f"{_image(one.overlays[sample], alt, 144, 'overlay')}"
-        f'<figcaption><span class="name">{escape(title)}</span>{_answer(one, sample)}</figcaption></figure>'
+        f'<figcaption><span class="name">{escape(title)}</span>{_answer(one, sample, expected)}</figcaption></figure>'
     )
 
 
-def _answer(one: Told, sample: int) -> str:
-    right = one.correct[sample]
-    mark, word = ("right", "✓ right") if right else ("wrong", "✗ wrong")
-    return f'<span class="verdict {mark}">{escape(one.answers[sample]) or "(nothing)"} {word}</span>'
+def _answer(one: Told, sample: int, expected: str) -> str:
+    """The answer and whether it is right; what follows a right answer did not count and is pale."""
+    answer = one.answers[sample]
+    if not one.correct[sample]:
+        return f'<span class="verdict wrong">{escape(answer) or "(nothing)"} ✗ wrong</span>'
+    rest = answer[len(expected) :]
+    more = f'<span class="rest">{escape(rest)}</span>' if rest else ""
+    return f'<span class="verdict right">{escape(answer[: len(expected)])}{more} ✓ right</span>'
 
 
 def _stages(story: Story, shown: int) -> str:
