@@ -14,7 +14,7 @@ test: $(READY)
 	$(PYTEST) -m "not golden and not contract_full"
 
 golden: $(READY)
-	$(PYTEST) -m golden
+	$(PYTEST) -m golden tests/golden
 
 test-contract: $(READY)
 	$(PYTEST) tests/contract tests/engine -m "contract_full or not contract_full"

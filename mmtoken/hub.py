@@ -9,26 +9,36 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from huggingface_hub import hf_hub_download
+import torch
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from mmtoken.backbones.registry import check_model_type
 from mmtoken.compressors.base import Compressor
 from mmtoken.compressors.registry import resolve
 from mmtoken.engine.session import attach, attached
-from mmtoken.errors import CheckpointError, MMTokenError
+from mmtoken.errors import CheckpointError, MMTokenError, UnsupportedError, near_names
 from mmtoken.models.registry import DEFAULT, ZooModel, find_model, list_models
 
-__all__ = ["COMPRESSOR_FILE", "ZooModel", "list_models", "load", "save"]
+__all__ = ["COMPRESSOR_FILE", "ZooModel", "list_models", "load", "save", "skeleton"]
 
 COMPRESSOR_FILE = "mmtoken_compressor.json"
 """Beside a model's config: {"schema_version", "mmtoken_version", "class_path", "init_args"}."""
@@ -61,31 +71,52 @@ def load(
         CheckpointError: files are missing, corrupt, do not fit together, or hold pickles instead of safetensors.
     """
     source, options = _locate(DEFAULT if name_or_path is None else os.fspath(name_or_path), dict(hf_kwargs))
+    _check_family(source, options)
     with _readable(source):
-        config = AutoConfig.from_pretrained(
-            source, **{k: options[k] for k in (*_DOWNLOAD, "trust_remote_code") if k in options}
-        )
-    check_model_type(config.model_type)
+        AutoConfig.from_pretrained(source, **_fetching(options))  # refuses code and settings out of range early
     chosen = _saved_compressor(source, options) if compressor is None else resolve(compressor)
     _refuse_pickles(source)
     with _readable(source):
         # With output_loading_info a pair comes back, which its annotation does not say.
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **options
+            source, **{**options, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         )
-        processor: ProcessorMixin = AutoProcessor.from_pretrained(source, **_fetching(options))
     model: PreTrainedModel = loaded[0]
-    # transformers fills tensors that are not in the file with random numbers and logs a warning.
+    # transformers fills tensors that are missing or of another shape with random numbers and logs a warning.
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise CheckpointError(
             f"model={source!r} lacks {len(missing)} tensors, {missing[0]} among them; the checkpoint is incomplete, "
             "fetch or export it again."
         )
+    misshapen = sorted(loaded[1]["mismatched_keys"], key=lambda entry: str(entry[0]))
+    if misshapen:
+        name, found, wanted = misshapen[0]
+        raise CheckpointError(
+            f"model={source!r} cannot be loaded: {name} is {list(found)} and config.json asks for {list(wanted)} "
+            f"({len(misshapen)} tensors do not fit); fetch or export it again."
+        )
+    processor = _processor(source, options)
     model.eval()
     if chosen is not None:
         attach(model, chosen)
     return model, processor
+
+
+def skeleton(
+    name_or_path: str | os.PathLike[str] | None = None, **hf_kwargs: Any
+) -> tuple[PreTrainedModel, Compressor | None]:
+    """The model without its weights, on the meta device, and the compressor saved with it, not attached.
+
+    Enough to ask which compressors fit, without fetching gigabytes. Arguments and errors are those of `load`.
+    """
+    source, options = _locate(DEFAULT if name_or_path is None else os.fspath(name_or_path), dict(hf_kwargs))
+    _check_family(source, options)
+    with _readable(source):
+        config = AutoConfig.from_pretrained(source, **_fetching(options))
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=options["trust_remote_code"])
+    return model.eval(), _saved_compressor(source, options)
 
 
 def _locate(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -93,15 +124,68 @@ def _locate(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     # None would make transformers ask on the terminal.
     options.setdefault("trust_remote_code", False)
     path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path), options
+    if name and path.is_dir():
+        return str(path), {**options, "local_files_only": True}
     if path.exists():
         raise CheckpointError(f"model={name!r} is a file; give the folder that holds config.json and the weights.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CheckpointError(f"model={name!r} does not exist; give a folder, a Hugging Face id or a zoo entry.")
+        raise CheckpointError(
+            f"model={name!r} does not exist; give a folder, a Hugging Face id or a zoo entry"
+            f"{near_names(name, [entry.name for entry in list_models()])}."
+        )
     if name.count("/") == 1:
+        if not options.get("local_files_only") and not _hub_answers():
+            options["local_files_only"] = True
         return name, options
     return str(find_model(name).path), {**options, "local_files_only": True}
+
+
+def _hub_answers() -> bool:
+    """Whether the hub's name can be looked up. Without a network, retries would take a minute and fill the screen."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _check_family(source: str, options: dict[str, Any]) -> None:
+    """Refuse a model that no adapter serves, by its config alone."""
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise CheckpointError(f"model={source!r} cannot be loaded: it has no config.json; give a complete checkpoint.")
+    with _readable(source):
+        settings: Any = PreTrainedConfig.get_config_dict(source, **_fetching(options))[0]
+    kind = settings.get("model_type") if isinstance(settings, dict) else None
+    if not isinstance(kind, str):
+        raise CheckpointError(
+            f"model={source!r} cannot be loaded: its config.json names no model_type; give a complete checkpoint."
+        )
+    family = check_model_type(kind)
+    if not family.whole:
+        raise UnsupportedError(
+            f"model={source!r} is a {family.name} (model_type={kind!r}), no vision-language model; load it with "
+            "transformers and compress it with mmtoken.compress."
+        )
+
+
+def _processor(source: str, options: dict[str, Any]) -> ProcessorMixin:
+    if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").is_file():
+        # transformers would go on with a tokenizer that knows no special tokens.
+        raise CheckpointError(
+            f"model={source!r} cannot be loaded: it has no tokenizer_config.json; save its processor there."
+        )
+    with _readable(source):
+        processor = AutoProcessor.from_pretrained(source, **_fetching(options))
+    if not isinstance(processor, ProcessorMixin):
+        raise CheckpointError(
+            f"model={source!r} cannot be loaded: of its processor there is only a {type(processor).__name__}; save its "
+            "processor there."
+        )
+    return processor
 
 
 def _fetching(options: dict[str, Any]) -> dict[str, Any]:
@@ -114,10 +198,14 @@ def _readable(source: str) -> Iterator[None]:
     """Turn what transformers and safetensors raise about a checkpoint into one kind of error."""
     try:
         yield
-    except MMTokenError:
+    except (MMTokenError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedError(f"model={source!r} needs a package that is missing: {reason}") from error
+    except Exception as error:  # transformers, tokenizers, safetensors and the hub's client have no common base
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) <= 240 else f"{reason[:240]} ..."
         raise CheckpointError(
             f"model={source!r} cannot be loaded ({reason}); give a complete folder or id with config.json, a processor "
             "and safetensors weights."
@@ -169,7 +257,10 @@ def _saved_compressor(source: str, options: dict[str, Any]) -> Compressor | None
         raise CheckpointError(
             f"{file} has schema_version={schema!r}, this mmtoken reads {SCHEMA_VERSION}; upgrade mmtoken."
         )
-    return resolve(spec)
+    try:
+        return resolve(spec)
+    except MMTokenError as error:
+        raise type(error)(f"{file}: {error}") from error
 
 
 def save(
@@ -187,16 +278,23 @@ def save(
         model: any transformers model, with or without a compressor attached.
         folder: a new or empty folder.
         processor: saved beside the model; without one, `load` needs it added.
-        overwrite: replace a folder that is not empty, with everything in it.
+        overwrite: replace the checkpoint in the folder, with everything beside it.
 
     Raises:
         CheckpointError: the folder is not empty, or a file of this name exists.
+        UnsupportedError: the attached compressor cannot be found again by its name.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
         raise CheckpointError(
             f"folder={str(target)!r} exists and is not empty; give a new folder, or overwrite=True to replace it."
         )
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise CheckpointError(
+            f"folder={str(target)!r} holds no checkpoint, so overwrite=True does not replace it; give another folder."
+        )
+    session = attached(model)
+    record = None if session is None else _record(session.compressor)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -204,10 +302,8 @@ def save(
         model.save_pretrained(whole)
         if processor is not None:
             processor.save_pretrained(whole)
-        session = attached(model)
-        if session is not None:
-            saved = {"schema_version": SCHEMA_VERSION, "mmtoken_version": _version(), **session.compressor.to_dict()}
-            (whole / COMPRESSOR_FILE).write_text(json.dumps(saved, indent=2) + "\n")
+        if record is not None:
+            (whole / COMPRESSOR_FILE).write_text(json.dumps(record, indent=2) + "\n")
         old = work / "old"
         if target.exists():
             target.rename(old)
@@ -220,6 +316,21 @@ def save(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _record(compressor: Compressor) -> dict[str, Any]:
+    """The content of the compressor file."""
+    spec = compressor.to_dict()
+    try:
+        found = resolve(spec) == compressor
+    except MMTokenError:
+        found = False
+    if not found:
+        raise UnsupportedError(
+            f"compressor={compressor!r} cannot be found again as {spec['class_path']!r}; define its class at the top "
+            "of a module, or detach it before saving."
+        )
+    return {"schema_version": SCHEMA_VERSION, "mmtoken_version": _version(), **spec}
 
 
 def _version() -> str:

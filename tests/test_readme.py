@@ -39,3 +39,11 @@ def test_continuous_integration_runs_the_readmes_test_command() -> None:
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert "make test" in lines
     assert "make test " in README
+
+
+def test_the_first_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert example is not None
+    exec(compile(example[1], "README.md", "exec"), {})
+    assert "[64] -> [16]" in capsys.readouterr().out

@@ -17,6 +17,7 @@ class BareDecoder(Backbone):
     name: ClassVar[str] = "bare decoder"
     model_types: ClassVar[tuple[str, ...]] = ("llama", "qwen2", "qwen3", "mistral")
     modalities: ClassVar[tuple[Modality, ...]] = ()
+    whole: ClassVar[bool] = False
 
     @property
     def decoder(self) -> Any:
@@ -44,6 +45,7 @@ class BareTower(Backbone):
 
     name: ClassVar[str] = "bare tower"
     model_types: ClassVar[tuple[str, ...]] = ("clip_vision_model", "siglip_vision_model")
+    whole: ClassVar[bool] = False
     tokenwise_projector: ClassVar[bool] = True
 
     @property

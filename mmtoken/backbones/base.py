@@ -73,6 +73,8 @@ class Backbone(ABC):
     dynamic_resolution: ClassVar[bool] = False
     """Whether the number of visual tokens follows the size of the image, so that down-scaling before the processor
     saves tokens."""
+    whole: ClassVar[bool] = True
+    """Whether these are vision-language models, and not one half of one."""
     tokenwise_projector: ClassVar[bool] = False
     """Whether the projector maps patch by patch and nothing re-samples its output."""
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmtoken.cli.parser import Parser, find_device, read_value
+from mmtoken.cli.parser import Parser, find_device, quiet, read_value
 from mmtoken.errors import InputError, MMTokenError
 from mmtoken.evaluation import accuracy, pictures, speed, tables
 from mmtoken.evaluation.lineup import KEEPS, METHODS, line_up
@@ -62,7 +62,8 @@ def main(argv: list[str]) -> int:
     entrants = line_up(_names(options.compressors), [read_value(text.strip()) for text in options.keeps.split(",")])
     if options.what != "speed":
         pictures.check_matplotlib()
-        model, processor = load(options.model)
+        with quiet():
+            model, processor = load(options.model)
     folder = _folder(options.out)
     written: list[Path] = []
     shown: list[str] = []

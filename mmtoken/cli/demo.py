@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mmtoken.cli.parser import Parser
+from mmtoken.cli.parser import Parser, quiet
 from mmtoken.errors import InputError
 from mmtoken.evaluation.demo_page import render
 from mmtoken.evaluation.story import tell
@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
         raise InputError(
             f"out={str(options.out)!r} is no folder and none can be made there: {error.strerror}."
         ) from error
-    model, processor = load("tiny-llava")
+    with quiet():
+        model, processor = load("tiny-llava")
     story = tell(model, processor, quick=options.quick, progress=_progress)
     page = options.out / "index.html"
     with whole_file(page) as temporary:

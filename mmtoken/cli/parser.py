@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import suppress
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,7 +38,7 @@ def add_compressor(parser: Parser) -> None:
     parser.add_argument(
         "--compressor",
         metavar="NAME",
-        help="a name of `mmtoken list compressors`, or a YAML or JSON file with class_path and init_args; "
+        help="a name of `mmtoken list compressors`, or class_path and init_args as a dict or in a YAML or JSON file; "
         "its settings follow as --compressor.SETTING VALUE",
     )
     parser.add_argument(
@@ -74,7 +77,8 @@ def _settings(parser: Parser, rest: list[str]) -> dict[str, Any]:
             if following is None:
                 parser.error(f"argument {name} expects a value")
             value = following
-        settings[setting] = read_value(value)
+        # jsonargparse writes --compressor.init_args.layer as well.
+        settings[setting.removeprefix("init_args.")] = read_value(value)
     return settings
 
 
@@ -84,13 +88,16 @@ def read_value(text: str) -> Any:
         with suppress(ValueError, ZeroDivisionError):
             return number(text)
     try:
-        return yaml.safe_load(text)
+        return yaml.safe_load(text) if text.strip() else text
     except yaml.YAMLError:
         return text
 
 
 def _spec(text: str) -> str | dict[str, Any]:
-    """The name, or what the file of that name holds."""
+    """The name, the dict that is written out, or what the file of that name holds."""
+    if text.startswith("{"):
+        spec = read_value(text)
+        return spec if isinstance(spec, dict) else text
     if not text.endswith((".yaml", ".yml", ".json")):
         return text
     file = Path(text)
@@ -104,6 +111,28 @@ def _spec(text: str) -> str | dict[str, Any]:
     if not isinstance(spec, str | dict):
         raise InputError(f"compressor={text!r} holds a {type(spec).__name__}; it needs class_path and init_args.")
     return spec
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from writing to stderr: what goes wrong is said once, in one line.
+
+    Progress bars of loading and downloading stay where somebody looks at a terminal.
+    """
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def find_device(name: str) -> Any:

@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-from mmtoken.cli.parser import Parser, add_compressor, find_device, take_compressor
+from mmtoken.cli.parser import Parser, add_compressor, find_device, quiet, take_compressor
 from mmtoken.errors import InputError
 from mmtoken.wholefile import check_target, whole_file
 
@@ -21,7 +21,9 @@ def main(argv: list[str]) -> int:
         MMTokenError: an argument, an image or the model cannot be used.
     """
     parser = Parser("mmtoken run", __doc__ or "")
-    parser.add_argument("--image", nargs="+", required=True, metavar="FILE", help="pictures, in prompt order")
+    parser.add_argument(
+        "--image", nargs="+", action="extend", required=True, metavar="FILE", help="pictures, in prompt order"
+    )
     parser.add_argument("--ask", required=True, metavar="TEXT", help="the question")
     parser.add_argument("--model", metavar="NAME", help="zoo entry, folder or Hugging Face id; default: tiny-llava")
     add_compressor(parser)
@@ -42,7 +44,8 @@ def main(argv: list[str]) -> int:
     from mmtoken.datasets.media.images import read_image
 
     images = [read_image(file) for file in options.image]
-    result = _answer(options, compressor, images)
+    with quiet():
+        result = _answer(options, compressor, images)
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
     else:
@@ -52,7 +55,6 @@ def main(argv: list[str]) -> int:
 
 def _answer(options: Any, compressor: Any, images: list[Any]) -> dict[str, Any]:
     import torch
-    from transformers.utils import logging
 
     from mmtoken.backbones.registry import adapt
     from mmtoken.engine.session import attached, compress
@@ -60,7 +62,6 @@ def _answer(options: Any, compressor: Any, images: list[Any]) -> dict[str, Any]:
     from mmtoken.hub import load
 
     device = find_device(options.device)
-    logging.set_verbosity_error()
     model, processor = load(options.model)
     model.to(device)
     saved = attached(model)
@@ -69,6 +70,11 @@ def _answer(options: Any, compressor: Any, images: list[Any]) -> dict[str, Any]:
         saved = None
     before = compressor is not None and "prepare" in compressor.sites and adapt(model).dynamic_resolution
     if before:
+        if options.save_overlay:
+            raise InputError(
+                f"save-overlay={options.save_overlay!r}: {type(compressor).__name__} makes the image smaller before this "
+                "model sees it and drops no patch; leave the overlay out."
+            )
         images = compressor.prepare(images)
     inputs = _inputs(processor, options.ask, images, device)
     attach = compressor is not None and not before
@@ -83,11 +89,7 @@ def _answer(options: Any, compressor: Any, images: list[Any]) -> dict[str, Any]:
     }
     if session is not None:
         result["report"] = session.reports[0].to_dict()
-    if options.save_overlay:
-        if session is None:
-            raise InputError(
-                "save-overlay: this compressor works on the image before the model sees it, so no patch is dropped."
-            )
+    if options.save_overlay and session is not None:
         with whole_file(options.save_overlay) as temporary:
             side_by_side(overlays(session.reports[0], images, processor)).save(temporary)
         result["overlay"] = options.save_overlay
@@ -99,11 +101,12 @@ def _inputs(processor: Any, question: str, images: list[Any], device: Any) -> di
     try:
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(text=[text], images=[images], return_tensors="pt")
-    except (ValueError, TypeError, IndexError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    except Exception as error:  # templates are programs of the checkpoint's makers
+        reason = " ".join(str(error).split()) or type(error).__name__
+        short = question if len(question) <= 60 else f"{question[:60]}..."
         raise InputError(
-            f"image: this model's processor refuses {len(images)} pictures with this question ({reason}); give one "
-            "picture, or another model."
+            f"ask={short!r} with {len(images)} images is refused by this model's processor ({reason}); leave image tokens "
+            "out of the question, give one image, or take another model."
         ) from error
     return {name: value.to(device) for name, value in inputs.items()}
 

@@ -20,7 +20,7 @@ from mmtoken.engine.encoder import encoded_by, forget
 from mmtoken.engine.flops import DecoderShape
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber
-from mmtoken.engine.prefill import CallContext, Cut, Items, Prefill, locate, most_mass
+from mmtoken.engine.prefill import CallContext, Cut, Items, Prefill, check_placeholders, locate, most_mass
 from mmtoken.errors import InputError, UnsupportedError
 from mmtoken.tokens import VisualTokens
 
@@ -128,6 +128,8 @@ class DecoderHooks:
                 embeds = call["inputs_embeds"]
                 placeholder = self.session.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
                 state.visual[modality] = (embeds == placeholder).all(-1)
+            if modality in state.encoded:
+                check_placeholders(state.visual[modality], state.encoded[modality])
 
     def _root_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._clear()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmtoken.backbones.base import Modality
 from mmtoken.engine.encode import Encoded, EncoderCall, choose_frames, fill_frames
+from mmtoken.engine.prefill import check_placeholders
 from mmtoken.engine.report import Report, SiteReport
 from mmtoken.errors import UnsupportedError
 
@@ -59,8 +60,10 @@ def wrap_encoder(session: Session, modality: Modality, undo: ExitStack) -> None:
         if hasattr(output, "pooler_output"):
             setattr(output, _RECORD, record)
             state.made[modality] = output
-        if state.encoded is not None:
+        if state.encoded is not None:  # inside a forward
             state.encoded[modality] = record
+            if state.visual is not None and modality in state.visual:
+                check_placeholders(state.visual[modality], record)
         return output
 
     object.__setattr__(root, name, encode)

@@ -90,12 +90,8 @@ def locate(visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> Item
                 grids.append(None)
                 sources.append(None)
             continue
+        check_placeholders(mask, record)
         total = sum(record.layout.counts)
-        if not total or len(where) % total:
-            raise InputError(
-                f"input_ids has {len(where)} {modality} tokens but the {modality}s give {total} features; the prompt "
-                "must hold one placeholder per feature (truncated prompt, or more images than placeholders?)."
-            )
         start = 0
         for row, item, first in _assign(per_row, record.layout.counts, len(where) // total, modality):
             count = record.layout.counts[item]
@@ -108,6 +104,25 @@ def locate(visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> Item
     return _stack(
         [rows[i] for i in order], [spans[i] for i in order], [grids[i] for i in order], [sources[i] for i in order]
     )
+
+
+def check_placeholders(mask: Tensor, record: Encoded) -> None:
+    """Refuse a prompt whose placeholders do not fit what was encoded; beams repeat rows, so multiples fit.
+
+    Args:
+        mask: bool[B, L], where the placeholders of the record's modality are.
+        record: what the encoder left behind.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    count, total = int(mask.sum()), sum(record.layout.counts)
+    if count and (not total or count % total):
+        kind, items = record.modality, len(record.layout.counts)
+        raise InputError(
+            f"input_ids has {count} {kind} tokens but the {items} {kind}s give {total} features; the prompt must hold "
+            f"one placeholder per feature (truncated prompt, or more {kind}s than placeholders?)."
+        )
 
 
 def _runs(where: Tensor) -> list[tuple[int, Tensor]]:

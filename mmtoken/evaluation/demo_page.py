@@ -114,7 +114,8 @@ def _samples(story: Story, keeps: Sequence[int], shown: int) -> str:
     parts = [
         '<section aria-labelledby="samples">\n<h2 id="samples">Six pictures, one question each</h2>',
         "<p>Bright patches were kept, the rest was dropped. Names in italics are controls: a method that does not beat "
-        "a random draw, a regular grid and a smaller picture has shown nothing.</p>",
+        "a random draw, a regular grid and a smaller picture has shown nothing. An answer counts when it begins with the "
+        "expected one: with little picture left, this small model may not stop after it.</p>",
         f'<fieldset class="budget"><legend>Keep</legend>{radios}</fieldset>',
     ]
     plain = dense(story.told)
@@ -343,7 +344,7 @@ photographs. How methods rank here need not be how they rank on large models and
 <li>One of its question types, left or right of, it hardly learned; no compressor can lower that by much.</li>
 <li>Its pictures are mostly background, and its tower was trained to tell content from background, which favours methods
 that look for salient or diverse patches. The card compares a second checkpoint, which had that loss briefly.</li>
-<li>Speed is that of one CPU thread. On a GPU, decoding at batch 1 gains less, and the savings in the cache are the same.</li>
+<li>Speed is that of one CPU thread; nothing here was measured on a GPU. The savings in the cache are the same there.</li>
 <li>"Equal budgets" are equal after the last cut. Methods that cut inside the language model have read more tokens by then:
 compare layer averages.</li>
 </ul>

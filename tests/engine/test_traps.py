@@ -25,7 +25,7 @@ from mmtoken.compressors import DivPrune, FastV, PyramidDrop, Random, ToMe, Unif
 from mmtoken.compressors.base import Compressor, Context
 from mmtoken.engine import attention, gather
 from mmtoken.engine.cache import LogicalDynamicLayer, make_logical
-from mmtoken.errors import UnsupportedError
+from mmtoken.errors import InputError, UnsupportedError
 from mmtoken.tokens import VisualTokens
 from tests import oracle
 from tests.backbones.tiny_models import build, inputs, special_ids, visual_mask
@@ -500,3 +500,24 @@ def test_methods_that_read_the_tower_say_so_when_it_was_not_watched() -> None:
         with compress(model, UniformGrid(keep=4)) as session:
             model(**call, mm_encoder_outputs={"image": features})
     assert session.report.tokens_out == [4]
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize("generating", [False, True])
+def test_placeholders_that_do_not_fit_are_named_before_the_model_stumbles(family: str, generating: bool) -> None:
+    """transformers counts numbers instead of features in its own message, and checks after encoding only."""
+    model = tiny(family)
+    batch = inputs(model, family, "image", "single")
+    ids = batch["input_ids"]
+    first = int((ids[0] == model.config.image_token_id).nonzero()[0, 0])
+    for field in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if field in batch:
+            batch[field] = torch.cat([batch[field][:, :first], batch[field][:, first + 1 :]], 1)
+    # Qwen prepares positions for generation from grids and ids, before anything of ours runs.
+    kind, words = (RuntimeError, "shape") if generating and family in QWEN else (InputError, "placeholder per feature")
+    with compress(model, DivPrune(keep=0.5)), pytest.raises(kind, match=words), torch.no_grad():
+        if generating:
+            model.generate(**batch, max_new_tokens=2)
+        else:
+            model(**batch)
+    assert oracle.hook_count(model) == 0
