@@ -13,7 +13,6 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +30,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from mmtoken import __version__
 from mmtoken.backbones.registry import check_model_type
 from mmtoken.compressors.base import Compressor
 from mmtoken.compressors.registry import resolve
@@ -330,11 +330,4 @@ def _record(compressor: Compressor) -> dict[str, Any]:
             f"compressor={compressor!r} cannot be found again as {spec['class_path']!r}; define its class at the top "
             "of a module, or detach it before saving."
         )
-    return {"schema_version": SCHEMA_VERSION, "mmtoken_version": _version(), **spec}
-
-
-def _version() -> str:
-    try:
-        return version("mmtoken")
-    except PackageNotFoundError:
-        return "unknown"
+    return {"schema_version": SCHEMA_VERSION, "mmtoken_version": __version__, **spec}
