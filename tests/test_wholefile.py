@@ -46,8 +46,10 @@ def test_a_failed_block_leaves_the_old_file_and_nothing_else(tmp_path: Path, fai
 def test_a_finished_block_replaces_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "result.json"
     target.write_text("old and longer than the new one")
-    with whole_file(target) as temporary:
-        temporary.write_text("new")
+    with target.open() as reader:
+        with whole_file(target) as temporary:
+            temporary.write_text("new")
+        assert reader.read() == "old and longer than the new one"  # whoever reads meanwhile sees no mixture
     assert target.read_text() == "new"
 
 
