@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +35,7 @@ from mmtoken.compressors.registry import resolve
 from mmtoken.engine.session import attach, attached
 from mmtoken.errors import CheckpointError, MMTokenError, UnsupportedError, near_names
 from mmtoken.models.registry import DEFAULT, ZooModel, find_model, list_models
+from mmtoken.wholefile import whole_folder
 
 __all__ = ["COMPRESSOR_FILE", "ZooModel", "list_models", "load", "save", "skeleton"]
 
@@ -295,26 +294,12 @@ def save(
         )
     session = attached(model)
     record = None if session is None else _record(session.compressor)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        whole = work / "new"
+    with whole_folder(target) as whole:
         model.save_pretrained(whole)
         if processor is not None:
             processor.save_pretrained(whole)
         if record is not None:
             (whole / COMPRESSOR_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        old = work / "old"
-        if target.exists():
-            target.rename(old)
-        try:
-            whole.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 

@@ -22,8 +22,8 @@ ALLOWED = {
     "backbones": {"errors", "tokens"},
     "engine": {"errors", "tokens", "compressors", "backbones"},
     "datasets": {"errors", "tokens"},
-    "models": {"errors", "tokens", "datasets", "engine"},
-    "hub": {"errors", "backbones", "compressors", "engine", "models"},
+    "models": {"errors", "tokens", "wholefile", "datasets", "engine"},
+    "hub": {"errors", "wholefile", "backbones", "compressors", "engine", "models"},
     "evaluation": {"errors", "tokens", "wholefile", "compressors", "backbones", "engine", "datasets", "models", "hub"},
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmtoken.errors import InputError
-from mmtoken.wholefile import check_target, whole_file
+from mmtoken.wholefile import check_target, whole_file, whole_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -89,3 +89,24 @@ def test_a_place_that_cannot_be_written_to_is_refused_with_field_value_and_fix(
     monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode & os.W_OK))
     assert "cannot be written to; give another one" in message(tmp_path / "overlay.png")
     assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deeper" / "model"
+    for text in ("first", "second"):
+        with whole_folder(target) as whole:
+            (whole / f"{text}.txt").write_text(text)
+            assert not (target / f"{text}.txt").exists()
+        assert names(target) == [f"{text}.txt"]
+    assert names(target.parent) == ["model"]
+
+
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_failed_block_leaves_the_old_folder(tmp_path: Path, failure: type[BaseException]) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+    with pytest.raises(failure), whole_folder(target) as whole:
+        (whole / "new.txt").write_text("half")
+        raise failure
+    assert names(target) == ["old.txt"] and names(tmp_path) == ["model"]

@@ -148,7 +148,7 @@ def find_device(name: str) -> Any:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).tolist()  # the meta device makes tensors, but they hold nothing
     except (RuntimeError, AssertionError) as error:
         raise UnsupportedError(f"device={name!r} cannot be used here; give cpu, or cuda where there is one.") from error
     return device

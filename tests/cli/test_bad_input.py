@@ -76,6 +76,7 @@ def test_keep(capsys: Output, keep: str, words: str) -> None:
         (["--max-new-tokens", "0"], "max-new-tokens=0"),
         (["--max-new-tokens", "x"], "invalid int value"),
         (["--device", "warp"], "device='warp' cannot be used"),
+        (["--device", "meta"], "device='meta' cannot be used"),
         (["--save-overlay", "x.png"], "name one with --compressor"),
         (["--compressor", "fastv", "--save-overlay", "/nowhere/x.png"], "does not exist"),
         (["--compressor", "fastv", "--save-overlay", "x.txt"], "ends in .png"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from transformers import GenerationConfig
 from mmtoken.errors import CheckpointError
 from mmtoken.models.tiny_llava.network import NetworkConfig, build_network
 from mmtoken.models.tiny_llava.processor import BOS_ID, EOS_ID, PAD_ID, build_processor
+from mmtoken.wholefile import whole_folder
 
 MAX_NEW_TOKENS = 8
 """Answers are a word or three digits, and `<eos>`."""
@@ -52,23 +51,15 @@ def export(
     network.generation_config = GenerationConfig(
         bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        network.save_pretrained(temporary)
-        build_processor().save_pretrained(temporary)
-        config_file = temporary / "config.json"
+    with whole_folder(target) as whole:
+        network.save_pretrained(whole)
+        build_processor().save_pretrained(whole)
+        config_file = whole / "config.json"
         settings = json.loads(config_file.read_text())
         # What from_pretrained loads by default: half precision saves disk, but CPUs compute best in float32.
         for part in (settings, settings["text_config"], settings["vision_config"]):
             part["dtype"] = "float32"
         config_file.write_text(json.dumps(settings, indent=2) + "\n")
-        temporary.chmod(0o755)
-        for file in temporary.iterdir():
+        for file in whole.iterdir():
             file.chmod(0o644)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
