@@ -31,6 +31,9 @@ from mmtoken.tokens import VisualTokens
 _ATTACHED = "_mmtoken_session"
 _ATTENTIONS = ("sdpa", "eager")
 
+MAX_REPORTS = 1000
+"""Most reports that a session holds; each has indices and scores of every visual token."""
+
 Mode = Literal["drop", "mask"]
 """What becomes of visual tokens that a compressor lets go: they leave the sequence and the cache, or they stay and no
 other token sees them. The answers are the same, and only dropping saves anything; masking keeps every length and is
@@ -119,7 +122,8 @@ class Session(AbstractContextManager["Session"]):
         model, compressor, visual, mode: as handed in.
         backbone: the model's adapter.
         reports: one `Report` per prefill (or call of a bare tower), oldest first. Only a thread's last one holds
-            `tokens`, so that a long run keeps numbers and not features; clear the list to keep nothing.
+            `tokens`, and of a long run only the last `MAX_REPORTS` stay, so that memory does not grow with training;
+            clear the list to keep nothing.
         thread: state of running calls; the engine's own.
         hooks: hooks on the decoder, None for a bare tower; the engine's own.
         clock: seconds, what reports measure time with; wall time unless a benchmark sets another one.
@@ -232,6 +236,7 @@ class Session(AbstractContextManager["Session"]):
         if self.thread.latest is not None:
             self.thread.latest.tokens = None
         self.reports.append(report)
+        del self.reports[:-MAX_REPORTS]
         self.thread.latest = report
 
 

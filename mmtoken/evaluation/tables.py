@@ -100,12 +100,12 @@ def hooks_table(results: Results) -> Table:
 
 
 def accuracy_table(results: Results) -> Table:
-    """Accuracy of every entrant over all questions of each benchmark, with 95 % intervals."""
+    """Accuracy of every entrant over all questions of each benchmark, with 95 % intervals and exact matches."""
     titles: Mapping[str, str] = results["titles"]
     first = next(iter(titles))
     header = ["trained model", "tokens", "layer avg", "MFLOPs", "first token ms", "speed-up"]
     for title in titles.values():
-        header += [title, "95 %"]
+        header += [title, "95 %", "exact"]
     rows = []
     for row in results["results"]:
         cells = [
@@ -117,11 +117,11 @@ def accuracy_table(results: Results) -> Table:
             f"{row['first_token_speedup']['median']:.2f}",
         ]
         for benchmark in titles:
-            cells += _score(row["accuracy"][benchmark][ALL])
+            cells += [*_score(row["accuracy"][benchmark][ALL]), f"{row['exact_match'][benchmark]:.3f}"]
         rows.append(cells)
     baseline = ["most frequent answer", *[""] * 5]
     for benchmark in titles:
-        baseline += [f"{results['baselines'][benchmark][ALL]:.3f}", ""]
+        baseline += [f"{results['baselines'][benchmark][ALL]:.3f}", "", ""]
     return Table(header, [*rows, baseline])
 
 
@@ -192,7 +192,8 @@ def accuracy_report(results: Results, pictures: Sequence[str]) -> str:
             f"# Accuracy of {results['model']}",
             "",
             f"Held-out pictures that training never drew (generator seed {results['split']['seed']}): {asked}. Greedy "
-            "generate(); an answer counts when it begins with the expected one. Tokens and FLOPs (decoder prefill, per "
+            "generate(); an answer counts when it begins with the expected one, exact ones stop there. Tokens and "
+            "FLOPs (decoder prefill, per "
             f"question, first benchmark) are measured. Time is {results['timing']['what']}, median of "
             f"{results['timing']['rounds']} interleaved rounds in batches of {results['timing']['batch']}. "
             f"{_measured(results)}",

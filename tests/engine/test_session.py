@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mmtoken import attach, compress
 from mmtoken.compressors import DivPrune, FastV, PyramidDrop, Random, ToMe, UniformGrid, VisionZip
 from mmtoken.compressors.base import Compressor, Context, Need, Positions
+from mmtoken.engine import session as session_module
 from mmtoken.errors import MMTokenError, UnsupportedError
 from mmtoken.tokens import VisualTokens
 from tests import oracle
@@ -403,3 +404,17 @@ def test_scores_are_read_without_switching_the_attention_of_other_threads() -> N
         greedy(model, inputs(model, "llava", "image", "single"))
     assert seen
     assert set(seen) == {"eager"}
+
+
+def test_a_long_run_keeps_its_last_reports_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report per step would fill the memory of a training run."""
+    monkeypatch.setattr(session_module, "MAX_REPORTS", 3)
+    model = tiny("llava")
+    batch = inputs(model, "llava", "image", "single")
+    with compress(model, DivPrune(keep=4)) as session, torch.no_grad():
+        filed = []
+        for _ in range(5):
+            model(**batch)
+            filed.append(session.report)
+    assert [id(report) for report in session.reports] == [id(report) for report in filed[-3:]]
+    assert [report.tokens is None for report in session.reports] == [True, True, False]
