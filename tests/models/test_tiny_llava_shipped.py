@@ -17,6 +17,8 @@ from mmtoken.models.tiny_llava.results import photograph_table, result_table, tr
 
 CARD = Path(__file__).parents[2] / "models" / "tiny_llava"
 SHIPPED = [entry.name for entry in list_models()]
+SHOWN = [*SHIPPED, "tiny-llava-seed1"]
+"""On the card; another seed of the recipe was measured and not shipped."""
 
 
 def stated(name: str) -> dict[str, Any]:
@@ -27,8 +29,8 @@ def stated(name: str) -> dict[str, Any]:
 def test_the_card_shows_the_results_and_sources() -> None:
     """Out of date? Paste the output of `result_table` and `photograph_table` into the card."""
     card = (CARD / "README.md").read_text()
-    training = {name: training_facts([CARD / "metrics" / f"{name}.csv"]) for name in SHIPPED}
-    assert result_table({name: stated(name) for name in SHIPPED}, training) in card
+    training = {name: training_facts([CARD / "metrics" / f"{name}.csv"]) for name in SHOWN}
+    assert result_table({name: stated(name) for name in SHOWN}, training) in card
     assert photograph_table() in card
     assert all(photograph.name in card for photograph in PHOTOGRAPHS)
 
