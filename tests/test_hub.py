@@ -25,6 +25,8 @@ from mmtoken.models import registry
 from mmtoken.models.registry import DEFAULT, ZOO, ZooModel, find_model, list_models
 from tests.backbones.processors import conversation, photograph, write_checkpoint
 
+pytestmark = pytest.mark.lowest
+
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:

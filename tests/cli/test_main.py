@@ -13,6 +13,8 @@ from mmtoken.cli import main as cli
 from mmtoken.cli.main import main
 from tests.backbones.processors import write_checkpoint
 
+pytestmark = pytest.mark.lowest
+
 SAMPLES = Path(__file__).parents[2] / "mmtoken" / "assets" / "samples"
 SCENE, OTHER = str(SAMPLES / "scene_1.png"), str(SAMPLES / "scene_2.png")
 

@@ -22,6 +22,8 @@ from mmtoken.models.tiny_llava.packing import encode, pack, patch_labels, pixels
 from mmtoken.models.tiny_llava.processor import BOS_ID, IMAGE_ID, PAD_ID, UNK_ID
 from mmtoken.models.tiny_llava.results import plot_curves, training_facts
 
+pytestmark = pytest.mark.lowest
+
 SMALL = NetworkConfig(vision_layers=1, text_layers=2, width=32, heads=2)
 RECIPE = Path(__file__).parents[2] / "models" / "tiny_llava" / "recipe.yaml"
 
