@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmtoken.errors import MMTokenError, UnsupportedError
 from mmtoken.tokens import VisualTokens, check_keep
@@ -15,56 +15,286 @@ from mmtoken.tokens import VisualTokens, check_keep
 Positions = Literal["keep", "renumber"]
 Budget = Literal["exact", "at_most", "adaptive"]
 
-SITES = ("prepare", "frames", "vision_layer", "project", "llm_input", "llm_layer")
+Parity = Literal["official code", "oracle only"]
+Cost = Literal["rows", "pairs"]
+
+SITES = ("prepare", "frames", "vision_layer", "project", "llm_input", "llm_layer", "cache")
 """Methods of a compressor that the engine calls, in the order in which a model reaches them."""
 
-Need = Literal["tower_attention", "tower_keys", "text_attention", "next_attention", "content_seed"]
-"""What a method reads besides the tokens: attention that patches receive in the tower, tower keys, the attention of
-the last prompt token in a decoder layer, the same in the layer about to run, and a seed made from the pixels."""
+Need = Literal[
+    "tower_attention",
+    "tower_keys",
+    "tower_states",
+    "text_attention",
+    "next_attention",
+    "decoder_states",
+    "transitions",
+    "text",
+    "prompt",
+    "history",
+    "content_seed",
+]
+"""What a method reads besides the tokens, named as the `Context` methods that give it: attention that patches receive
+in the tower, tower keys, queries, keys and values of the tower block that has just run, attention of prompt tokens in a
+decoder layer, the same in the layer about to run, queries, keys and values of a decoder layer, how a decoder layer
+changes its tokens, the prompt's text tokens (at the decoder), the prompt's text before anything is encoded, attention
+of generated tokens in earlier calls, and a seed made from the pixels."""
+
+Rows = Literal["last", "after", "text", "all"] | Tensor
+"""Whose attention is meant: the prompt's last token; all text tokens after the item's last token; all text tokens;
+every token of the prompt; or bool[B, T], a choice among the tokens of `Context.text`."""
 
 
-class Context(ABC):
-    """What a compressor may ask of the model during one call. Everything is aligned with the tokens handed in."""
+@dataclasses.dataclass(frozen=True)
+class TextTokens:
+    """The text tokens of the prompt row of each item, in order.
+
+    Attributes:
+        features: float[B, T, D], at the place where the method acts.
+        embeddings: float[B, T, D], as they entered the decoder.
+        valid: bool[B, T], False on padding.
+        after: bool[B, T], whether the token comes after the item's last token.
+    """
+
+    features: Tensor
+    embeddings: Tensor
+    valid: Tensor
+    after: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class States:
+    """Queries, keys and values of tokens in one decoder layer, detached.
+
+    Attributes:
+        query: float[B, H, N, d], rotated.
+        key: float[B, G, N, d], rotated.
+        value: float[B, G, N, d].
+        cosine, sine: float[B, N, d], the rotary tables at the tokens' positions.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cosine: Tensor
+    sine: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerStates:
+    """Queries, keys and values of tokens in the tower block that has just run, detached; rotated where it rotates.
+
+    Attributes:
+        query, key, value: float[B, H, N, M, d]; a token is M patches (1 where every patch is projected by itself).
+        prefix_query, prefix_key, prefix_value: float[B, H, P, d] of CLS and registers; P is 0 without them.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prefix_query: Tensor
+    prefix_key: Tensor
+    prefix_value: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Transition:
+    """How one module of a decoder layer changed the tokens of each item's prompt row.
+
+    x is what enters the module (after its norm), y what it puts out (before the residual is added).
+
+    Attributes:
+        magnitude: float32[B, n], |y| / |x|, of every token of the row as that layer saw it.
+        cosine: float32[B, n], cos(x, y).
+        valid: bool[B, n], False on padding.
+        index: int[B, N], where in the row the item's tokens are.
+    """
+
+    magnitude: Tensor
+    cosine: Tensor
+    valid: Tensor
+    index: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheEntry:
+    """One decoder layer's keys and values right after the prefill.
+
+    Attributes:
+        keys, values: float[B, G, n, d]; keys are rotated.
+        queries: float[B, H, q, d], rotated, of the prompt tokens fed in this call; the last q of the n entries.
+        unrotated: float[B, H, q, d], the same before the rotary embedding.
+        valid: bool[B, n], False on padding.
+        item: int[B, n], number of the item within its row (0, 1, ...) for visual tokens that may be dropped, -1 for
+            text, separators and padding.
+        length: int[B], position id that the next token of each row will have.
+        scaling: factor on the dot products of the attention.
+        rotary: (cosine, sine) float[B, p, d] of positions int[B, p].
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    unrotated: Tensor
+    valid: Tensor
+    item: Tensor
+    length: Tensor
+    scaling: float
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dims:
+    """Sizes of a model that learned parts depend on.
+
+    Attributes:
+        tower: width of the tower's patch features.
+        tokens: width of the tokens that `project` is handed (`tower`, or `llm` where the projector is not token-wise).
+        llm: width of the decoder.
+        blocks: tower blocks up to the one that the projector reads.
+    """
+
+    tower: int
+    tokens: int
+    llm: int
+    blocks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What the engine records of generated tokens for `Context.history`.
+
+    Attributes:
+        layers: decoder layers whose attention is recorded, averaged over them.
+        tokens: how many of the last generated tokens count.
+        calls: how many calls back the history reaches.
+    """
+
+    layers: tuple[int, ...]
+    tokens: int
+    calls: int
+
+
+class Context:
+    """What a compressor may ask of the model during one call. Everything is aligned with the tokens handed in.
+
+    Each site offers what exists there; the rest raises `UnsupportedError`.
+    """
 
     depth: int
-    """Blocks of the tower (vision site) or layers of the decoder (other sites)."""
+    """Tower blocks up to the one that the projector reads (tower and projector sites), or layers of the decoder."""
 
-    tokenwise_projector: bool
+    blocks: int = 0
+    """All blocks of the tower (tower and projector sites)."""
+
+    tokenwise_projector: bool = False
     """Whether the projector maps every patch by itself, so that fewer patches may be projected."""
 
     original_counts: list[int]
-    """Eligible tokens per item before any cut of this call."""
+    """Eligible tokens per item before any cut at this stage (the tower, or the decoder)."""
+
+    memory: dict[str, Any]
+    """What the method wants to remember until the next call of one of its sites in the same pass (running scores)."""
 
     scores: Tensor | None = None
     """float[B, N]: the attention that the method read last, for the report; None if it read none."""
 
-    @abstractmethod
+    learned: Any = None
+    """The module that `Compressor.build` made, with its trained weights; None for methods without learned parts."""
+
+    def _missing(self, name: str) -> UnsupportedError:
+        return UnsupportedError(f"{name} does not exist at this site, or was not declared in `needs`.")
+
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         """An integer per item from the exact bits of its pixels: equal for the same image in any batch or beam."""
+        raise self._missing("content_seed")
 
-    @abstractmethod
-    def tower_attention(self, tokens: VisualTokens) -> Tensor:
-        """float[B, N]: attention that each token receives from CLS in the tower block whose output is projected.
+    # --- the tower --------------------------------------------------------------------------------------------------
 
-        Summed over heads. Towers without a CLS token: the mean over all patches as queries (VisionZip, section 3.1).
-        Averaged over the patches of a token where the projector merges several.
+    def tower_attention(self, tokens: VisualTokens, block: int | None = None, *, joint: bool = False) -> Tensor:
+        """float[B, N]: attention that each token receives from CLS in a tower block.
+
+        Softmax over CLS and patches, summed over heads. Towers without a CLS token: the mean over all patches as
+        queries (VisionZip, section 3.1). Averaged over the patches of a token where the projector merges several.
+
+        Args:
+            tokens: the tokens.
+            block: one of `tower_layers`; None: the block whose output is projected.
+            joint: one softmax of the full-width dot product / sqrt(width) instead of one per head.
         """
+        raise self._missing("tower_attention")
 
-    @abstractmethod
-    def tower_keys(self, tokens: VisualTokens) -> Tensor:
-        """float[B, N, d]: head-averaged keys of the tokens in the same block (vision site: in the block just run)."""
+    def tower_keys(self, tokens: VisualTokens, block: int | None = None, *, joint: bool = False) -> Tensor:
+        """float[B, N, d]: head-averaged keys in a block (vision site: in the block just run); `joint`: all heads'."""
+        raise self._missing("tower_keys")
 
-    @abstractmethod
     def tower_cls(self, tokens: VisualTokens) -> Tensor | None:
         """float[B, D] the CLS token's features at the same place as `tokens.features`, or None without one."""
+        return None
 
-    @abstractmethod
-    def text_attention(self, tokens: VisualTokens, layer: int) -> Tensor:
-        """float[B, N]: head-mean attention that the prompt's last token pays to each token in decoder layer `layer`."""
+    def tower_states(self, tokens: VisualTokens) -> TowerStates:
+        """Queries, keys and values in the tower block that has just run (vision site)."""
+        raise self._missing("tower_states")
 
-    @abstractmethod
-    def next_attention(self, tokens: VisualTokens) -> Tensor:
+    def tower_features(self, tokens: VisualTokens, blocks: Sequence[int]) -> Tensor:
+        """float[B, N, len(blocks) * D]: outputs of the tower blocks in `tower_layers`, side by side (project site)."""
+        raise self._missing("tower_features")
+
+    # --- the prompt before anything is encoded ----------------------------------------------------------------------
+
+    def prompt_embedding(self, tokens: VisualTokens) -> Tensor:
+        """float[B, D_llm]: mean input embedding of the text tokens of each item's prompt row."""
+        raise self._missing("prompt_embedding")
+
+    def question_state(self, tokens: VisualTokens) -> Tensor:
+        """float[B, D_llm]: the decoder's last hidden state at the last text token, from a pass over the text alone."""
+        raise self._missing("question_state")
+
+    def to_llm(self, tokens: VisualTokens) -> Tensor:
+        """float[B, N, D_llm]: patch features as the model's own projector maps them, where it maps patch by patch."""
+        raise self._missing("to_llm")
+
+    # --- the decoder ------------------------------------------------------------------------------------------------
+
+    def text(self, tokens: VisualTokens) -> TextTokens:
+        """The text tokens of each item's prompt row."""
+        raise self._missing("text")
+
+    def embeddings(self, tokens: VisualTokens) -> Tensor:
+        """float[B, N, D]: the tokens as they entered the decoder."""
+        raise self._missing("embeddings")
+
+    def text_attention(self, tokens: VisualTokens, layer: int, rows: Rows = "last") -> Tensor:
+        """float[B, N]: attention that `rows` pay to each token in decoder layer `layer`, mean over heads and rows."""
+        raise self._missing("text_attention")
+
+    def next_attention(self, tokens: VisualTokens, rows: Rows = "last") -> Tensor:
         """float[B, N]: the same in the layer about to run, from its own norm, query and key projections."""
+        raise self._missing("next_attention")
+
+    def head_attention(self, tokens: VisualTokens, layer: int, rows: Tensor) -> Tensor:
+        """float[B, H, R, N]: the same per head and row; `rows` bool[B, T], R the most rows of an item, 0 beyond."""
+        raise self._missing("head_attention")
+
+    def decoder_states(self, tokens: VisualTokens, layer: int) -> States:
+        """Queries, keys and values of the tokens in decoder layer `layer`."""
+        raise self._missing("decoder_states")
+
+    def text_states(self, tokens: VisualTokens, layer: int) -> States:
+        """The same of the tokens of `text`."""
+        raise self._missing("text_states")
+
+    def final_norm(self, features: Tensor) -> Tensor:
+        """The decoder's last norm applied to hidden states float[..., D]."""
+        raise self._missing("final_norm")
+
+    def transition(self, tokens: VisualTokens, layer: int, module: Literal["attention", "mlp"]) -> Transition:
+        """How a module of a layer in `watched_layers` changed the tokens."""
+        raise self._missing("transition")
+
+    def history(self, tokens: VisualTokens) -> Tensor:
+        """float32[h, B, N]: attention of the action tokens of earlier calls to each token, oldest call first."""
+        raise self._missing("history")
 
 
 class Compressor(ABC):
@@ -76,7 +306,9 @@ class Compressor(ABC):
     Attributes:
         keep: budget per item: a fraction in (0, 1] as a float, a count as an int (per temporal step for videos).
         positions: "keep" leaves the surviving tokens their position ids; "renumber" compacts them.
-        title, paper, licence: for people.
+        title, paper, year, licence: for people.
+        parity: whether it is held against numbers of the official code, or only against an independent oracle of ours.
+        cost: whether scoring needs memory for single rows of attention and similarity, or for pairs, taken in tiles.
         needs: what the method reads besides the tokens.
         merges: whether surviving tokens' features change.
         size_bias: whether towers that take a mask add log(size) to their attention scores (ToMe, equation 1).
@@ -93,6 +325,9 @@ class Compressor(ABC):
 
     title: ClassVar[str]
     paper: ClassVar[str]
+    year: ClassVar[int]
+    parity: ClassVar[Parity] = "oracle only"
+    cost: ClassVar[Cost] = "rows"
     licence: ClassVar[str] = "written from the formulas; Apache-2.0"
     needs: ClassVar[frozenset[Need]] = frozenset()
     merges: ClassVar[bool] = False
@@ -142,6 +377,10 @@ class Compressor(ABC):
         """Between decoder layers during prefill: hidden states entering layer `layer` in, the surviving ones out."""
         raise NotImplementedError
 
+    def cache(self, entry: CacheEntry, layer: int, ctx: Context) -> Tensor:
+        """After a layer's prefill: bool[B, G, n], which entries stay; of each row the same number for every head."""
+        raise NotImplementedError
+
     # --- declarations that depend on the settings ------------------------------------------------------------------
 
     def cut_layers(self, depth: int) -> tuple[int, ...]:
@@ -149,8 +388,31 @@ class Compressor(ABC):
         return ()
 
     def score_layers(self, depth: int) -> tuple[int, ...]:
-        """Decoder layers whose `text_attention` is read."""
+        """Decoder layers whose attention or states are read."""
         return ()
+
+    def watched_layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers whose `transition` is read."""
+        return ()
+
+    def recording(self, depth: int) -> Recording | None:
+        """What to record of generated tokens for `history`; None: nothing."""
+        return None
+
+    def tower_layers(self, depth: int, blocks: int) -> tuple[int, ...]:
+        """Tower blocks besides the one that the projector reads whose attention, keys or features are read.
+
+        Args:
+            depth: blocks up to the one that the projector reads.
+            blocks: all blocks of the tower; those beyond run too, and may be read.
+        """
+        return ()
+
+    # --- learned parts -----------------------------------------------------------------------------------------------
+
+    def build(self, dims: Dims) -> nn.Module:
+        """A fresh module with the learned parts, for a model of these sizes."""
+        raise MMTokenError(f"{type(self).__name__} has no learned parts.")
 
     # --- as data -----------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ class Random(Compressor):
 
     title: ClassVar[str] = "Random"
     paper: ClassVar[str] = "control"
+    year: ClassVar[int] = 2026
     needs: ClassVar[frozenset[Need]] = frozenset({"content_seed"})
     control: ClassVar[bool] = True
 
@@ -61,6 +62,7 @@ class UniformGrid(Compressor):
 
     title: ClassVar[str] = "Uniform grid"
     paper: ClassVar[str] = "control"
+    year: ClassVar[int] = 2026
     control: ClassVar[bool] = True
 
     def llm_input(self, tokens: VisualTokens, ctx: Context) -> VisualTokens:
@@ -118,6 +120,7 @@ class Downscale(Compressor):
 
     title: ClassVar[str] = "Down-scaling"
     paper: ClassVar[str] = "control"
+    year: ClassVar[int] = 2026
     merges: ClassVar[bool] = True
     control: ClassVar[bool] = True
     budget: ClassVar[Budget] = "at_most"

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmtoken.compressors.base import Compressor, Context, Positions
+from mmtoken.compressors.base import Compressor, Context, Cost, Positions
 from mmtoken.tokens import VisualTokens, refuse_nan
 
 
@@ -28,6 +28,8 @@ class DivPrune(Compressor):
 
     title: ClassVar[str] = "DivPrune"
     paper: ClassVar[str] = "Alvar et al., DivPrune: Diversity-based Visual Token Pruning, CVPR 2025, arXiv 2503.02175"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[Cost] = "pairs"
 
     def llm_input(self, tokens: VisualTokens, ctx: Context) -> VisualTokens:
         picked = maxmin_select(tokens.features, tokens.budget(self.keep), tokens.eligible)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_layers, check_whole
+from mmtoken.compressors.base import Compressor, Context, Need, Parity, Positions, check_layers, check_whole
 from mmtoken.tokens import VisualTokens
 
 
@@ -33,6 +33,8 @@ class FastV(Compressor):
         "Chen et al., An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large "
         "Vision-Language Models, ECCV 2024, arXiv 2403.06764"
     )
+    year: ClassVar[int] = 2024
+    parity: ClassVar[Parity] = "official code"
     needs: ClassVar[frozenset[Need]] = frozenset({"text_attention"})
     query_agnostic: ClassVar[bool] = False
     causal: ClassVar[bool] = False

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_layers, check_whole
+from mmtoken.compressors.base import Compressor, Context, Need, Parity, Positions, check_layers, check_whole
 from mmtoken.errors import MMTokenError, UnsupportedError
 from mmtoken.tokens import VisualTokens, kept_count
 
@@ -40,6 +40,8 @@ class PyramidDrop(Compressor):
         "Xing et al., PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy "
         "Reduction, CVPR 2025, arXiv 2410.17247"
     )
+    year: ClassVar[int] = 2025
+    parity: ClassVar[Parity] = "official code"
     needs: ClassVar[frozenset[Need]] = frozenset({"next_attention"})
     query_agnostic: ClassVar[bool] = False
     causal: ClassVar[bool] = False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmtoken.compressors.base import Compressor, Context, Need, Positions
+from mmtoken.compressors.base import Compressor, Context, Cost, Need, Parity, Positions
 from mmtoken.errors import InputError
 from mmtoken.tokens import VisualTokens, kept_count, refuse_nan
 
@@ -34,6 +34,9 @@ class ToMe(Compressor):
 
     title: ClassVar[str] = "ToMe"
     paper: ClassVar[str] = "Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, arXiv 2210.09461"
+    year: ClassVar[int] = 2023
+    parity: ClassVar[Parity] = "official code"
+    cost: ClassVar[Cost] = "pairs"
     licence: ClassVar[str] = "written from the paper's formulas, Apache-2.0; the official code is CC-BY-NC 4.0, unused"
     needs: ClassVar[frozenset[Need]] = frozenset({"tower_keys"})
     merges: ClassVar[bool] = True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_whole
+from mmtoken.compressors.base import Compressor, Context, Need, Parity, Positions, check_whole
 from mmtoken.errors import MMTokenError
 from mmtoken.tokens import VisualTokens, top_mask
 
@@ -47,6 +47,8 @@ class VisionZip(Compressor):
         "Yang et al., VisionZip: Longer is Better but Not Necessary in Vision Language Models, CVPR 2025, "
         "arXiv 2412.04467"
     )
+    year: ClassVar[int] = 2025
+    parity: ClassVar[Parity] = "official code"
     needs: ClassVar[frozenset[Need]] = frozenset({"tower_attention", "tower_keys"})
     merges: ClassVar[bool] = True
 

@@ -19,7 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 HOME = Path(__file__).parent
-METHODS = ("fastv", "pyramiddrop", "tome", "visionzip")
+METHODS = (
+    "fastv",
+    "pyramiddrop",
+    "tome",
+    "visionzip",
+)
 FOLDER = Path(os.environ.get("MMTOKEN_GOLDEN", HOME)).resolve()
 """Where cases are looked for: MMTOKEN_GOLDEN, or the folder of this file."""
 
