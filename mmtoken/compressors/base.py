@@ -35,11 +35,14 @@ Need = Literal[
     "history",
     "content_seed",
 ]
-"""What a method reads besides the tokens, named as the `Context` methods that give it: attention that patches receive
-in the tower, tower keys, queries, keys and values of the tower block that has just run, outputs of several tower blocks,
-attention of prompt tokens in a decoder layer, the same in the layer about to run, queries, keys and values of a decoder layer, how a decoder layer
-changes its tokens, the prompt's text tokens (at the decoder), the prompt's text before anything is encoded, attention
-of generated tokens in earlier calls, and a seed made from the pixels."""
+"""What a method reads besides the tokens, named as the `Context` methods that give it.
+
+Attention that patches receive in the tower, and tower keys; queries, keys and values of the tower block that has just
+run; outputs of several tower blocks; attention of prompt tokens in a decoder layer, and in the layer about to run;
+queries, keys and values of a decoder layer; how a decoder layer changes its tokens; the prompt's text tokens (at the
+decoder), and its text before anything is encoded; attention of generated tokens in earlier calls; a seed made from the
+pixels.
+"""
 
 Rows = Literal["last", "after", "text", "all"] | Tensor
 """Whose attention is meant: the prompt's last token; all text tokens after the item's last token; all text tokens;
