@@ -82,8 +82,8 @@ def maxmin_select(features: Tensor, counts: list[int], eligible: Tensor) -> Tens
 def _isolation(unit: Tensor, eligible: Tensor) -> Tensor:
     """float[B, N]: distance of every token to its nearest eligible neighbour, in tiles of TILE x TILE pairs.
 
-    Each pair is computed once and counts for both tokens: products of blocks round (i, j) and (j, i) apart, and of two
-    mutual neighbours the lower index must win.
+    Every number counts for both of its tokens: products round (i, j) and (j, i) apart, and of two mutual neighbours the
+    lower index must win.
     """
     nearest = torch.full_like(unit[..., 0], torch.inf)
     blocks = [slice(start, start + TILE) for start in range(0, unit.shape[1], TILE)]
@@ -91,7 +91,6 @@ def _isolation(unit: Tensor, eligible: Tensor) -> Tensor:
         for columns in blocks[number:]:
             distance = 1 - unit[:, rows] @ unit[:, columns].transpose(1, 2)
             if rows == columns:
-                distance = (distance + distance.transpose(1, 2)) / 2
                 distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
             for mine, others, dim in ((rows, columns, 2), (columns, rows, 1)):
                 seen = distance.masked_fill(~eligible[:, others].unsqueeze(3 - dim), torch.inf)
