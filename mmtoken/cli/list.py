@@ -1,4 +1,9 @@
-"""`mmtoken list`: compressors, backbones and models, from the facts on their classes."""
+"""`mmtoken list`: compressors, backbones and models, from the facts on their classes.
+
+Compressors in a terminal ("-" is no): keep=1: the plain model to the bit at keep=1.0; asks: sees the question; streams:
+needs no question and no later frame; learned: has parts to train; parity: held against numbers of the official code, or
+of an independent oracle; cost: memory of scoring grows with rows of tokens, or takes pairs in tiles.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +32,7 @@ def main(argv: list[str]) -> int:
     elif options.markdown:
         sys.stdout.write(markdown(rows))
     else:
-        sys.stdout.write(aligned(rows))
+        sys.stdout.write(aligned(short(rows) if options.what == "compressors" else rows))
     return 0
 
 
@@ -38,6 +43,32 @@ def facts(what: str) -> Rows:
     if what == "backbones":
         return backbones.facts()
     return [{"name": entry.name, "description": entry.description, "licence": entry.licence} for entry in list_models()]
+
+
+def short(rows: Rows) -> Rows:
+    """The facts of compressors that fit a terminal; the paper by its arXiv number, "-" for no, needs last."""
+
+    def paper(row: dict[str, str]) -> str:
+        _, found, number = row["paper"].partition("arXiv ")
+        return number.split()[0].rstrip(",;") if found else row["kind"]
+
+    return [
+        {
+            "name": row["name"],
+            "year": row["year"],
+            "arXiv": paper(row),
+            "sites": row["sites"],
+            "budget": row["budget"],
+            "keep=1": "same" if row["keep=1.0"] == "bit-identical" else "-",
+            "asks": row["sees the question"].replace("no", "-"),
+            "streams": row["streaming-legal"].replace("no", "-"),
+            "learned": row["trainable"].replace("no", "-"),
+            "parity": "code" if row["parity"] == "official code" else "oracle",
+            "cost": row["cost"],
+            "needs": row["needs"],
+        }
+        for row in rows
+    ]
 
 
 def markdown(rows: Rows) -> str:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from mmtoken import MMTokenError
 from mmtoken.compressors import Compressor, base
-from mmtoken.compressors.base import Budget, Need
-from mmtoken.compressors.registry import COMPRESSORS, names
+from mmtoken.compressors.base import Budget, Cost, Need, Parity
+from mmtoken.compressors.registry import COMPRESSORS
 from mmtoken.errors import InputError, KeepError
 from tests.compressors.batches import SETTINGS, act, budgets, item, lengths, make, subset
 
@@ -237,6 +237,7 @@ def test_facts_are_complete_and_of_the_declared_kinds(cls):
     assert cls.budget in get_args(Budget)
     assert cls.identity_at_full is True or (isinstance(cls.identity_at_full, str) and cls.identity_at_full)
     assert cls.needs <= set(get_args(Need))
+    assert cls.parity in get_args(Parity) and cls.cost in get_args(Cost) and 2020 <= cls.year <= 2030
     assert cls.sites and cls.sites <= set(base.SITES)
     for fact in ("merges", "size_bias", "query_agnostic", "causal", "trainable", "control"):
         assert isinstance(getattr(cls, fact), bool), fact
@@ -258,10 +259,6 @@ def test_facts_agree_with_each_other(cls):
     assert required == cls.control, "controls have no default budget, methods have the paper's"
     if not cls.control:
         assert "arXiv" in cls.paper and cls.title.lower() == cls.__name__.lower()
-
-
-def test_all_but_downscale_are_the_plain_model_at_full_budget():
-    assert {name for name, cls in names().items() if cls.identity_at_full is not True} == {"downscale"}
 
 
 @every
