@@ -13,19 +13,38 @@ import sys
 from mmtoken.backbones import registry as backbones
 from mmtoken.cli.parser import Parser
 from mmtoken.compressors import registry as compressors
+from mmtoken.errors import MMTokenError
 from mmtoken.models.registry import list_models
 
 Rows = list[dict[str, str]]
 
 
 def main(argv: list[str]) -> int:
-    """Run `mmtoken list` with the arguments after the sub-command; 0 on success."""
+    """Run `mmtoken list` with the arguments after the sub-command; 0 on success.
+
+    Raises:
+        MMTokenError: options do not go together, or cards cannot be written.
+    """
     parser = Parser("mmtoken list", __doc__ or "")
     parser.add_argument("what", choices=("compressors", "backbones", "models"))
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="all facts as JSON")
     form.add_argument("--markdown", action="store_true", help="the table of the README")
+    form.add_argument("--cards", metavar="DIR", help="write a folder per compressor: README.md and preset.yaml")
+    parser.add_argument(
+        "--results", nargs="+", action="extend", default=[], metavar="FILE", help="accuracy files of bench, for --cards"
+    )
     options = parser.parse_args(argv)
+    if options.cards is not None and options.what != "compressors":
+        raise MMTokenError(f"cards={options.cards!r} are made of compressors; leave it out of `list {options.what}`.")
+    if options.results and options.cards is None:
+        raise MMTokenError(f"results={options.results[0]!r} go into cards; name their folder with --cards.")
+    if options.cards is not None:
+        from mmtoken.evaluation.cards import write_cards
+
+        written = write_cards(options.cards, options.results)
+        sys.stdout.write("".join(f"wrote {path}\n" for path in written))
+        return 0
     rows = facts(options.what)
     if options.json:
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
