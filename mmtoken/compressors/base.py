@@ -25,6 +25,7 @@ Need = Literal[
     "tower_attention",
     "tower_keys",
     "tower_states",
+    "tower_features",
     "text_attention",
     "next_attention",
     "decoder_states",
@@ -35,8 +36,8 @@ Need = Literal[
     "content_seed",
 ]
 """What a method reads besides the tokens, named as the `Context` methods that give it: attention that patches receive
-in the tower, tower keys, queries, keys and values of the tower block that has just run, attention of prompt tokens in a
-decoder layer, the same in the layer about to run, queries, keys and values of a decoder layer, how a decoder layer
+in the tower, tower keys, queries, keys and values of the tower block that has just run, outputs of several tower blocks,
+attention of prompt tokens in a decoder layer, the same in the layer about to run, queries, keys and values of a decoder layer, how a decoder layer
 changes its tokens, the prompt's text tokens (at the decoder), the prompt's text before anything is encoded, attention
 of generated tokens in earlier calls, and a seed made from the pixels."""
 
