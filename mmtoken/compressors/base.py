@@ -403,6 +403,10 @@ class Compressor(ABC):
         """What to record of generated tokens for `history`; None: nothing."""
         return None
 
+    def hides(self) -> bool:
+        """Whether tokens that are let go stay in the decoder's sequence, unseen by the others (as mode="mask")."""
+        return False
+
     def tower_layers(self, depth: int, blocks: int) -> tuple[int, ...]:
         """Tower blocks besides the one that the projector reads whose attention, keys or features are read.
 

@@ -50,7 +50,7 @@ class DecoderHooks:
         self.backbone = session.backbone
         self.compressor = session.compressor
         self.thread = session.thread
-        self.hides = session.mode == "mask"
+        self.hides = session.mode == "mask" or session.compressor.hides()
         depth = len(decoder.layers)
         self.depth = depth
         self.shape = DecoderShape.from_config(decoder.config)
