@@ -250,6 +250,8 @@ class Prefill:
         tokens: what is left of the items.
         scores: per decoder layer, (attention of the last prompt token float[B, k], stored entries before, cut).
         layer_cut: the cut that each decoder layer ran under.
+        entering: visual tokens per item that enter the decoder, separators not counted; None until that is decided.
+        recorded: layers whose cache knows already what it stores.
     """
 
     items: Items
@@ -267,6 +269,8 @@ class Prefill:
     cache: Any = None
     scores: dict[int, tuple[Tensor, int, Cut]] = field(default_factory=dict)
     layer_cut: dict[int, Cut] = field(default_factory=dict)
+    entering: list[int] | None = None
+    recorded: set[int] = field(default_factory=set)
     started: float = 0.0
 
     @property
@@ -333,7 +337,8 @@ class CallContext(Context):
         self.call = call
         self.depth = depth
         eligible = call.items.valid & ~call.items.protected
-        self.original_counts = [int(n) for n in eligible.sum(-1).tolist()]
+        self.original_counts = call.entering or [int(n) for n in eligible.sum(-1).tolist()]
+        self.steps = list(call.tokens.steps)
         self._next_scores = next_scores
 
     def _tower_fact(self, values: Tensor | None, tokens: VisualTokens, name: str) -> Tensor:
