@@ -197,6 +197,9 @@ class Context:
     original_counts: list[int]
     """Eligible tokens per item before any cut at this stage (the tower, or the decoder)."""
 
+    steps: list[int]
+    """Temporal grid steps per item (1 for images), over which an int budget is pooled (decoder sites)."""
+
     memory: dict[str, Any]
     """What the method wants to remember until the next call of one of its sites in the same pass (running scores)."""
 

@@ -40,6 +40,7 @@ class CallContext(Context):
         self.depth = len(decoder.layers)
         eligible = call.items.valid & ~call.items.protected
         self.original_counts = call.entered or [int(n) for n in eligible.sum(-1).tolist()]
+        self.steps = list(call.tokens.steps)
         self.memory = call.memory
         self._decoder = decoder
         self._hidden = hidden

@@ -18,6 +18,7 @@ from mmtoken.engine.cache import LogicalLayer, logical_layer, make_logical, new_
 from mmtoken.engine.compat import CACHE, cache_in, check_checkpointing, with_cache
 from mmtoken.engine.context import CallContext
 from mmtoken.engine.encoder import encoded_by, forget
+from mmtoken.engine.eviction import Eviction
 from mmtoken.engine.flops import DecoderShape
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber
@@ -61,6 +62,7 @@ class DecoderHooks:
         recorded = () if self.recording is None else self.recording.layers
         self.read = tuple(sorted({*self.scored, *recorded}))
         self.tapped: dict[int, int] = {}
+        self.eviction = Eviction(session, decoder)
         root = self.backbone.root
         self.separate_root = root is not decoder
         self.signature = inspect.signature(type(root).forward)
@@ -77,8 +79,8 @@ class DecoderHooks:
             keep(root.register_forward_hook(self._root_post, always_call=True))
         keep(decoder.register_forward_pre_hook(self._decoder_pre, with_kwargs=True))
         keep(decoder.register_forward_hook(self._decoder_post, always_call=True))
-        if self.cuts or self.read:
-            for number in range(min((*self.cuts, *self.read)), self.depth):
+        if self.cuts or self.read or self.eviction.acts:
+            for number in range(0 if self.eviction.acts else min((*self.cuts, *self.read)), self.depth):
                 hook = functools.partial(self._layer_pre, number)
                 keep(decoder.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
             self._tap(undo)
@@ -88,6 +90,7 @@ class DecoderHooks:
             for name, part in (("attention", layer.self_attn), ("mlp", layer.mlp)):
                 note = functools.partial(self._note_transition, number, name)
                 keep(part.register_forward_hook(note, with_kwargs=True))
+        self.eviction.install(undo)
 
     def _tap(self, undo: ExitStack) -> None:
         """Listen to the layers whose attention is read."""
@@ -237,6 +240,7 @@ class DecoderHooks:
             cache = new_cache(self.decoder.config)
         if cache is not None:
             make_logical(cache)
+        self.eviction.check_cache(cache)
         return cache
 
     def _decide(self, call: Prefill) -> tuple[Tensor, Tensor]:
@@ -512,7 +516,7 @@ class DecoderHooks:
         cuts = [call.layer_cut.get(number, call.base) for number in range(self.depth)]
         for number, cut in enumerate(cuts):
             stored = logical_layer(call.cache, number)
-            if stored is not None:
+            if stored is not None and number not in call.recorded:
                 stored.record(cut.index, cut.valid, call.length, cut.group, cut.shift)
         finish_report(self.session, call, cuts)
         if not self.separate_root:
@@ -568,7 +572,9 @@ class DecoderHooks:
         if stored is None or not stored.group:
             return None
         state = self.thread
-        if state.decode_mask is None and not stored.ragged and stored.shift is None:
+        first = logical_layer(cache_in(kwargs), 0)
+        same = first is not None and not first.ragged and first.hidden is None
+        if state.decode_mask is None and not stored.ragged and stored.shift is None and stored.hidden is None and same:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         changed = dict(kwargs)

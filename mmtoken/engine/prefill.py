@@ -256,6 +256,7 @@ class Prefill:
         transitions: per (layer, module) what `Context.transition` reads: (magnitude, cosine) float32[B, n], cut.
         memory: what the compressor wants to remember.
         layer_cut: the cut that each decoder layer ran under.
+        recorded: layers whose cache knows already what it stores.
     """
 
     items: Items
@@ -277,6 +278,7 @@ class Prefill:
     transitions: dict[tuple[int, str], tuple[Tensor, Tensor, Cut]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     layer_cut: dict[int, Cut] = field(default_factory=dict)
+    recorded: set[int] = field(default_factory=set)
     started: float = 0.0
 
     @property

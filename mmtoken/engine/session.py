@@ -22,6 +22,7 @@ from mmtoken.engine.cache import check_decoder
 from mmtoken.engine.decoder import DecoderHooks
 from mmtoken.engine.encode import Encoded, EncoderCall
 from mmtoken.engine.encoder import wrap_encoder
+from mmtoken.engine.eviction import query_module
 from mmtoken.engine.prefill import Prefill
 from mmtoken.engine.recorder import Recorder
 from mmtoken.engine.report import Report, SiteReport
@@ -95,7 +96,7 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
         if method.sites & {"vision_layer", "project", "frames"} or {"tower_attention", "tower_keys"} & method.needs:
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
     if decoder is None:
-        if method.sites & {"llm_layer", "frames"}:
+        if method.sites & {"llm_layer", "frames", "cache"}:
             raise UnsupportedError(f"{name} acts inside or before a whole model, and this is a {backbone.name}.")
         return
     if "prepare" in method.sites and backbone.dynamic_resolution:
@@ -115,6 +116,9 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
             f"attn_implementation={implementation!r} is not supported; load the model with 'sdpa' or 'eager'."
         )
     check_decoder(decoder.config)
+    if "cache" in method.sites:
+        for number, layer in enumerate(decoder.layers):
+            query_module(layer.self_attn, number)
 
 
 class Session(AbstractContextManager["Session"]):
