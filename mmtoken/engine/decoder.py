@@ -243,7 +243,10 @@ class DecoderHooks:
         if not acted:
             return tokens
         if "project" in acted and not self.backbone.tokenwise_projector:
-            context = CallContext(call, 0)
+            tower = self.backbone.tower()
+            assert tower is not None
+            context = CallContext(call, tower.feature_block + 1)
+            context.blocks = len(tower.blocks)
             return self.session.run_site(
                 "project", None, tokens, context, lambda t: self.compressor.project(t, lambda already: already, context)
             )

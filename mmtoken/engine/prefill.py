@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmtoken.compressors.base import Context
+from mmtoken.compressors.base import Context, Rows
 from mmtoken.engine import gather
 from mmtoken.engine.encode import Encoded, bit_hash
 from mmtoken.errors import InputError, UnsupportedError
@@ -26,8 +26,8 @@ class Items:
         places: int[I, N] positions in the row, padded with 0.
         valid, protected: bool[I, N].
         grids: per item.
-        mass, size, attention: float[I, N] or None, see `Encoded`.
-        keys: float[I, N, d] or None.
+        mass, size: float[I, N] or None, see `Encoded`.
+        tower: float[I, N, C], a fact of a tower block (see `TowerFacts.read`), or None where none are known.
         cls: float[I, D] or None.
         seeds: per item, or None.
         known: whether the encoder call was seen, so that tower facts exist.
@@ -40,8 +40,7 @@ class Items:
     grids: tuple[Grid | None, ...]
     mass: Tensor | None = None
     size: Tensor | None = None
-    attention: Tensor | None = None
-    keys: Tensor | None = None
+    tower: Callable[[Literal["attention", "keys", "features"], int | None, bool], Tensor] | None = None
     cls: Tensor | None = None
     seeds: list[int] | None = None
     known: bool = False
@@ -179,7 +178,17 @@ def _stack(
         [record.layout.protected[first : first + n] for record, _, first, n in known], batch_first=True
     ).to(places.device)
     items.mass, items.size = collect("mass"), collect("size")
-    items.attention, items.keys = collect("attention"), collect("keys")
+    if all(record.tower is not None for record, *_ in known):
+
+        @functools.cache
+        def fact(name: Literal["attention", "keys", "features"], block: int | None, joint: bool) -> Tensor:
+            parts = [
+                record.tower.read(name, block, joint)[first : first + n]  # type: ignore[union-attr]
+                for record, _, first, n in known
+            ]
+            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(places.device)
+
+        items.tower = fact
     if all(record.cls is not None and len(record.cls) == len(record.layout.counts) for record, *_ in known):
         items.cls = torch.stack([record.cls[item] for record, item, *_ in known])  # type: ignore[index]
     if all(record.seeds is not None for record, *_ in known):
@@ -336,22 +345,29 @@ class CallContext(Context):
         self.original_counts = [int(n) for n in eligible.sum(-1).tolist()]
         self._next_scores = next_scores
 
-    def _tower_fact(self, values: Tensor | None, tokens: VisualTokens, name: str) -> Tensor:
-        if values is None:
+    def _tower_fact(
+        self,
+        name: Literal["attention", "keys", "features"],
+        tokens: VisualTokens,
+        block: int | None,
+        joint: bool = False,
+    ) -> Tensor:
+        if self.call.items.tower is None:
             raise UnsupportedError(
-                f"{name} is not known for these visual tokens: they were encoded outside the attached model, or this "
-                "model has no tower. Pass pixels, or use a method that reads features only."
+                f"tower_{name} is not known for these visual tokens: they were encoded outside the attached model, or "
+                "this model has no tower. Pass pixels, or use a method that reads features only."
             )
-        if values.ndim == 2:
-            return values.gather(1, tokens.source)
-        return gather.rows(values, tokens.source)
+        return gather.rows(self.call.items.tower(name, block, joint), tokens.source)
 
-    def tower_attention(self, tokens: VisualTokens) -> Tensor:
-        self.scores = self._tower_fact(self.call.items.attention, tokens, "tower_attention")
+    def tower_attention(self, tokens: VisualTokens, block: int | None = None, *, joint: bool = False) -> Tensor:
+        self.scores = self._tower_fact("attention", tokens, block, joint)[..., 0]
         return self.scores
 
-    def tower_keys(self, tokens: VisualTokens) -> Tensor:
-        return self._tower_fact(self.call.items.keys, tokens, "tower_keys")
+    def tower_keys(self, tokens: VisualTokens, block: int | None = None, *, joint: bool = False) -> Tensor:
+        return self._tower_fact("keys", tokens, block, joint)
+
+    def tower_features(self, tokens: VisualTokens, blocks: Sequence[int]) -> Tensor:
+        return torch.cat([self._tower_fact("features", tokens, block) for block in blocks], -1)
 
     def tower_cls(self, tokens: VisualTokens) -> Tensor | None:
         # CLS features live before the projector; here tokens are behind it.
@@ -371,13 +387,13 @@ class CallContext(Context):
             seeds.append((bit_hash(source[row][call.real[row]]) + ordinal * 0x9E3779B9) & 0x7FFFFFFFFFFFFFFF)
         return seeds
 
-    def text_attention(self, tokens: VisualTokens, layer: int) -> Tensor:
+    def text_attention(self, tokens: VisualTokens, layer: int, rows: Rows = "last") -> Tensor:
         if layer not in self.call.scores:
             raise UnsupportedError(f"text_attention of layer {layer} was not declared by score_layers().")
         self.scores = self._pick(tokens, *self.call.scores[layer])
         return self.scores
 
-    def next_attention(self, tokens: VisualTokens) -> Tensor:
+    def next_attention(self, tokens: VisualTokens, rows: Rows = "last") -> Tensor:
         self.scores = self._pick(tokens, self._next_scores(), None, self.call.cut)
         return self.scores
 
