@@ -463,8 +463,9 @@ class PackedRun(TowerRun):
 
     def _unit_keys(self, call: BlockCall, *, joint: bool) -> Tensor:
         """float[units, M, d]."""
-        keys = self._split(call)[1]
-        return (keys.flatten(1) if joint else keys.mean(1)).unflatten(0, (-1, self.members))
+        split = self._split(call)[1]
+        keys = split.flatten(1) if joint else split.mean(1)
+        return keys.view(-1, self.members, keys.shape[-1])
 
     def attention(self, block: int | None, *, joint: bool) -> Tensor:
         call = self.call(block)

@@ -398,9 +398,12 @@ def test_flash_attention_in_the_tower_is_refused_where_rows_are_uneven() -> None
     def switch(*_: Any) -> None:  # it is not installed, so the model must not reach its masks under this name
         model.config._attn_implementation = "flash_attention_2"
 
-    with hooked([layers[0]], switch, before=False), compress(model, Uneven(cuts=((4, 7),))):
-        with pytest.raises(UnsupportedError, match="different numbers"):
-            model(pixels)
+    with (
+        hooked([layers[0]], switch, before=False),
+        compress(model, Uneven(cuts=((4, 7),))),
+        pytest.raises(UnsupportedError, match="different numbers"),
+    ):
+        model(pixels)
 
 
 # ----------------------------------------------------------------------------------- what methods may read in the tower
