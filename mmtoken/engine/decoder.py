@@ -279,7 +279,10 @@ class DecoderHooks:
         if not acted:
             return tokens
         if "project" in acted and not self.backbone.tokenwise_projector:
+            tower = self.backbone.tower()
+            assert tower is not None
             context = self._context(call, call.embeds)
+            context.depth, context.blocks = tower.feature_block + 1, len(tower.blocks)
             return self.session.run_site(
                 "project", None, tokens, context, lambda t: self.compressor.project(t, lambda already: already, context)
             )

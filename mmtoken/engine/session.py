@@ -93,7 +93,10 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
             raise UnsupportedError(
                 "visual=None but this model is a bare decoder; mark the visual positions with visual=bool[B, L]."
             )
-        if method.sites & {"vision_layer", "project", "frames"} or {"tower_attention", "tower_keys"} & method.needs:
+        if (
+            method.sites & {"vision_layer", "project", "frames"}
+            or {"tower_attention", "tower_keys", "tower_states"} & method.needs
+        ):
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
     if decoder is None:
         if method.sites & {"llm_layer", "frames", "cache"}:
