@@ -2,13 +2,18 @@
 
 from mmtoken.compressors.base import Compressor, Context
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
+from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.fastv import FastV
 from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
+from mmtoken.compressors.transprune import TransPrune
 from mmtoken.compressors.visionzip import VisionZip
+from mmtoken.compressors.vlapruner import VLAPruner
 
 __all__ = [
+    "DART",
     "Compressor",
     "Context",
     "DivPrune",
@@ -16,7 +21,11 @@ __all__ = [
     "FastV",
     "PyramidDrop",
     "Random",
+    "SparseVLM",
+    "SparseVLMPlus",
     "ToMe",
+    "TransPrune",
     "UniformGrid",
+    "VLAPruner",
     "VisionZip",
 ]
