@@ -24,6 +24,7 @@ from mmtoken.engine.encode import Encoded, EncoderCall
 from mmtoken.engine.encoder import wrap_encoder
 from mmtoken.engine.eviction import query_module
 from mmtoken.engine.prefill import Prefill
+from mmtoken.engine.recorder import Recorder
 from mmtoken.engine.report import Report, SiteReport
 from mmtoken.engine.vision import VisionHooks
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
@@ -54,6 +55,7 @@ class ThreadState(threading.local):
         decode_mask, decode_positions: logical mask and position ids of the decoder call in progress, if it does not.
         report: the report being filled.
         latest: the last report filed.
+        recorder: what generated tokens of earlier calls looked at, if the method asks for it.
     """
 
     made: WeakValueDictionary[str, Any]
@@ -66,6 +68,7 @@ class ThreadState(threading.local):
     decode_positions: Tensor | None = None
     report: Report | None = None
     latest: Report | None = None
+    recorder: Recorder | None = None
 
     def __init__(self) -> None:
         self.made = WeakValueDictionary()
@@ -105,6 +108,8 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
         raise UnsupportedError(f"{name} leaves out frames of videos, and {backbone.name} reads images only.")
     method.cut_layers(len(decoder.layers))
     method.score_layers(len(decoder.layers))
+    method.watched_layers(len(decoder.layers))
+    method.recording(len(decoder.layers))
     implementation = decoder.config._attn_implementation
     if implementation not in _ATTENTIONS:
         raise UnsupportedError(
@@ -112,6 +117,11 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
         )
     check_decoder(decoder.config)
     if "cache" in method.sites:
+        if method.recording(len(decoder.layers)) is not None:
+            raise UnsupportedError(
+                f"{name} records what generated tokens look at, which a cache that loses entries per head cannot tell; "
+                "leave the part out that acts on the cache."
+            )
         for number, layer in enumerate(decoder.layers):
             query_module(layer.self_attn, number)
 
@@ -189,6 +199,11 @@ class Session(AbstractContextManager["Session"]):
         if not self.reports:
             raise MMTokenError("report is empty: call the model with an image or video first.")
         return self.thread.latest or self.reports[-1]
+
+    def reset(self) -> None:
+        """Forget earlier calls of this thread: a new episode or stream begins. Safe to repeat."""
+        if self.thread.recorder is not None:
+            self.thread.recorder.reset()
 
     def detach(self) -> None:
         """Take away every hook and attribute; safe to repeat."""

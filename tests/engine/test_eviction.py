@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtoken import MMTokenError, attach, compress, compress_inputs
-from mmtoken.compressors.base import CacheEntry, Compressor, Context, Positions
+from mmtoken.compressors.base import CacheEntry, Compressor, Context, Positions, Recording
 from mmtoken.engine.cache import cache_bytes
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import kept_count
@@ -24,6 +24,7 @@ from tests import oracle
 from tests.backbones.tiny_models import CELLS, build, visual_mask
 from tests.contract.matrix import Cell, assert_close, batch, dense, dense_logits, logits, tiny
 from tests.contract.reference import alone
+from tests.contract.test_modes import options
 
 LLAVA = ("llava", "image")
 cells = pytest.mark.parametrize("cell", CELLS, ids="-".join)
@@ -94,18 +95,6 @@ def test_decoding_without_entries_is_decoding_with_their_keys_hidden_per_head(ce
     assert torch.equal(got.logits[:, 0], dense(cell, case, attn).logits[:, 0])
     assert session.report.tokens_out == session.report.tokens_in
     assert [site.site for site in session.report.sites] == ["cache"] * 4
-
-
-def recent(length: int, calls: int = 1) -> list[dict[int, Tensor]]:
-    """`kept_per_head` of each prefill: the method was called once per layer and prefill."""
-    everything = list(Hashed.chosen)
-    depth = len(everything) // calls
-    found = []
-    for start in range(0, len(everything), depth):
-        Hashed.chosen[:] = everything[start : start + depth]
-        found.append(kept_per_head(length))
-    Hashed.chosen[:] = everything
-    return found
 
 
 @cells
@@ -214,9 +203,9 @@ def test_a_second_image_on_a_compressed_cache_loses_only_tokens_of_its_own() -> 
         n = later.shape[2]
         both[:, :, length:] = later[:, :, n - length :]
         # entries of the first turn are nobody's visual tokens any more
-        assert bool((after.item[:, : n - length] == -1).all()) and bool(later[:, :, : n - length][
-            after.valid[:, None, : n - length].expand(-1, 2, -1)
-        ].all())
+        assert bool((after.item[:, : n - length] == -1).all()) and bool(
+            later[:, :, : n - length][after.valid[:, None, : n - length].expand(-1, 2, -1)].all()
+        )
         masks[layer] = both
     with torch.no_grad(), _hidden_after(model, masks, [length, 2 * length]):
         want = run()
@@ -255,28 +244,39 @@ def _hidden_after(model: nn.Module, masks: dict[int, Tensor], ends: list[int]) -
 
 
 @cells
-def test_speculative_decoding_takes_rejected_text_back_and_agrees(cell: Cell) -> None:
+@pytest.mark.parametrize("drop", ["drop", "mask"])
+def test_speculative_decoding_is_refused_once_a_guess_is_taken_back(cell: Cell, drop: Any) -> None:
     model, inputs = tiny(cell[0]), batch(cell, "single")
-    with compress(model, Hashed(keep=0.4)):
-        got = oracle.generate_with_logits(model, inputs, max_new_tokens=12, prompt_lookup_num_tokens=3)
-    with oracle.masked_keys(model, kept_per_head(inputs["input_ids"].shape[1]), decode_only=True):
-        want = oracle.generate_with_logits(model, inputs, max_new_tokens=12)
-    # Candidates fed with the prompt read it before anything is evicted, so only their tokens may differ; where none
-    # was accepted there, both are the same.
-    assert got.sequences.shape == want.sequences.shape
+    how = {"assistant_model": build(cell[0], seed=3, layers=2), **options(cell[0])}
+    with compress(model, Hashed(keep=0.4), mode=drop), pytest.raises(UnsupportedError, match="speculative decoding"):
+        oracle.generate_with_logits(model, inputs, max_new_tokens=12, **how)
 
 
 @pytest.mark.parametrize("drop", ["drop", "mask"])
-def test_a_crop_that_reaches_into_evicted_entries_is_refused(drop: Any) -> None:
-    model, inputs = tiny("llava"), batch(LLAVA, "single")
-    with torch.no_grad(), compress(model, Hashed(keep=0.4), mode=drop):
+def test_only_what_came_after_the_prompt_can_be_cropped(drop: Any) -> None:
+    model, inputs = tiny("llava"), batch(LLAVA, "padded_ragged")
+    length, mask = inputs["input_ids"].shape[1], inputs["attention_mask"]
+    more = inputs["input_ids"][:, -3:]
+
+    def run() -> Tensor:
         cache = model(**oracle.clone(inputs), use_cache=True)[oracle.CACHE]
-    text = int(inputs["input_ids"].shape[1] - visual_mask(model, inputs)[0].nonzero().max() - 1)
-    before = cache.layers[0].get_seq_length()
-    cache.crop(-text)  # all that follows the image
-    assert cache.layers[0].get_seq_length() == before - text
-    with pytest.raises(UnsupportedError, match="reaches into compressed"):
-        cache.crop(-9)
+        seen = torch.cat([mask, torch.ones_like(more)], 1)
+        model(input_ids=more, attention_mask=seen, use_cache=True, **{oracle.CACHE: cache})
+        cache.crop(-2)
+        assert cache.get_seq_length() == length + 1
+        again = model(input_ids=more[:, 1:], attention_mask=seen, use_cache=True, **{oracle.CACHE: cache}).logits
+        caches.append(cache)
+        return again
+
+    caches: list[Any] = []
+    with torch.no_grad(), compress(model, Hashed(keep=0.4), mode=drop):
+        got = run()
+        caches[0].crop(-3)
+        with pytest.raises(UnsupportedError, match="speculative decoding"):
+            caches[0].crop(-1)
+    with torch.no_grad(), oracle.masked_keys(model, kept_per_head(length), decode_only=True):
+        want = run()
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -494,6 +494,17 @@ def test_where_there_is_no_decoder_or_no_query_it_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="decoder layer 2 has neither q_norm nor q_proj"):
         attach(model, Hashed(), visual=torch.ones(1, 4, dtype=torch.bool))
     assert oracle.hook_count(model) == 0
+
+
+@dataclass(frozen=True)
+class Remembers(Hashed):
+    def recording(self, depth: int) -> Recording:
+        return Recording(layers=(1,), tokens=2, calls=2)
+
+
+def test_history_cannot_be_recorded_from_such_a_cache() -> None:
+    with pytest.raises(UnsupportedError, match="Remembers records what generated tokens look at"):
+        attach(tiny("llava"), Remembers())
 
 
 @dataclass(frozen=True)
