@@ -62,7 +62,7 @@ class DecoderHooks:
         recorded = () if self.recording is None else self.recording.layers
         self.read = tuple(sorted({*self.scored, *recorded}))
         self.tapped: dict[int, int] = {}
-        self.eviction = Eviction(session, decoder)
+        self.eviction = Eviction(session, decoder, self._context)
         root = self.backbone.root
         self.separate_root = root is not decoder
         self.signature = inspect.signature(type(root).forward)
@@ -85,12 +85,12 @@ class DecoderHooks:
                 keep(decoder.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
             self._tap(undo)
             self._follow_deepstack(undo)
+        self.eviction.install(undo)
         for number in self.watched:
             layer = decoder.layers[number]
             for name, part in (("attention", layer.self_attn), ("mlp", layer.mlp)):
                 note = functools.partial(self._note_transition, number, name)
                 keep(part.register_forward_hook(note, with_kwargs=True))
-        self.eviction.install(undo)
 
     def _tap(self, undo: ExitStack) -> None:
         """Listen to the layers whose attention is read."""

@@ -120,6 +120,11 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
         )
     check_decoder(decoder.config)
     if "cache" in method.sites:
+        if method.recording(len(decoder.layers)) is not None:
+            raise UnsupportedError(
+                f"{name} records what generated tokens look at, which a cache that loses entries per head cannot tell; "
+                "leave the part out that acts on the cache."
+            )
         for number, layer in enumerate(decoder.layers):
             query_module(layer.self_attn, number)
 
