@@ -6,6 +6,7 @@ from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.fastv import FastV
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.tome import ToMe
+from mmtoken.compressors.trained import Trained
 from mmtoken.compressors.visionzip import VisionZip
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "ToMe",
+    "Trained",
     "UniformGrid",
     "VisionZip",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtoken.backbones.base import Layout, Modality
 from mmtoken.compressors.base import Context
 from mmtoken.engine import gather
 from mmtoken.engine.encode import Encoded, bit_hash
@@ -93,7 +94,7 @@ def locate(visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> Item
         check_placeholders(mask, record)
         total = sum(record.layout.counts)
         start = 0
-        for row, item, first in _assign(per_row, record.layout.counts, len(where) // total, modality):
+        for row, item, first in assign(per_row, record.layout.counts, len(where) // total, modality):
             count = record.layout.counts[item]
             rows.append(row)
             spans.append(where[start : start + count, 1])
@@ -116,9 +117,13 @@ def check_placeholders(mask: Tensor, record: Encoded) -> None:
     Raises:
         InputError: they do not fit.
     """
-    count, total = int(mask.sum()), sum(record.layout.counts)
+    check_counts(mask, record.modality, record.layout)
+
+
+def check_counts(mask: Tensor, kind: Modality, layout: Layout) -> None:
+    """The same, where only the layout of what is encoded is known."""
+    count, total, items = int(mask.sum()), sum(layout.counts), len(layout.counts)
     if count and (not total or count % total):
-        kind, items = record.modality, len(record.layout.counts)
         raise InputError(
             f"input_ids has {count} {kind} tokens but the {items} {kind}s give {total} features; the prompt must hold "
             f"one placeholder per feature (truncated prompt, or more {kind}s than placeholders?)."
@@ -132,7 +137,7 @@ def _runs(where: Tensor) -> list[tuple[int, Tensor]]:
     return [(int(part[0, 0]), part[:, 1]) for part in where.tensor_split(breaks.cpu())]
 
 
-def _assign(per_row: list[int], counts: list[int], copies: int, modality: str) -> list[tuple[int, int, int]]:
+def assign(per_row: list[int], counts: list[int], copies: int, modality: str) -> list[tuple[int, int, int]]:
     """(row, item, first token of the item) for every row; beams repeat each row `copies` times in a row."""
     assigned: list[tuple[int, int, int]] = []
     item = first = 0
@@ -250,6 +255,7 @@ class Prefill:
         tokens: what is left of the items.
         scores: per decoder layer, (attention of the last prompt token float[B, k], stored entries before, cut).
         layer_cut: the cut that each decoder layer ran under.
+        prompt: its text (a `Prompt`), for methods that read it.
     """
 
     items: Items
@@ -268,6 +274,7 @@ class Prefill:
     scores: dict[int, tuple[Tensor, int, Cut]] = field(default_factory=dict)
     layer_cut: dict[int, Cut] = field(default_factory=dict)
     started: float = 0.0
+    prompt: Any = None
 
     @property
     def last_token(self) -> Tensor:
@@ -352,6 +359,19 @@ class CallContext(Context):
 
     def tower_keys(self, tokens: VisualTokens) -> Tensor:
         return self._tower_fact(self.call.items.keys, tokens, "tower_keys")
+
+    def prompt_embedding(self, tokens: VisualTokens) -> Tensor:
+        mean: Tensor = self._prompt("prompt_embedding").mean(self.call.items.row_index)
+        return mean
+
+    def question_state(self, tokens: VisualTokens) -> Tensor:
+        state: Tensor = self._prompt("question_state").state(self.call.items.row_index)
+        return state
+
+    def _prompt(self, name: str) -> Any:
+        if self.call.prompt is None:
+            raise self._missing(name)
+        return self.call.prompt
 
     def tower_cls(self, tokens: VisualTokens) -> Tensor | None:
         # CLS features live before the projector; here tokens are behind it.
