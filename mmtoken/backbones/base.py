@@ -103,6 +103,12 @@ class Backbone(ABC):
         """The module that maps patches to the decoder's width; only needed where `tokenwise_projector` holds."""
         return None
 
+    @property
+    def feature_layers(self) -> int:
+        """How many tower layers the projector reads side by side."""
+        layers = getattr(self.model.config, "vision_feature_layer", None)
+        return len(layers) if isinstance(layers, list | tuple) else 1
+
     def placeholder_ids(self, modality: Modality) -> int:
         """The token id that marks the place of visual tokens in the prompt."""
         return int(getattr(self.model.config, f"{modality}_token_id"))

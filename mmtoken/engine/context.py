@@ -73,6 +73,19 @@ class CallContext(Context):
     def tower_features(self, tokens: VisualTokens, blocks: Sequence[int]) -> Tensor:
         return torch.cat([self._tower_fact("features", tokens, block) for block in blocks], -1)
 
+    def prompt_embedding(self, tokens: VisualTokens) -> Tensor:
+        mean: Tensor = self._prompt("prompt_embedding").mean(self.call.items.row_index)
+        return mean
+
+    def question_state(self, tokens: VisualTokens) -> Tensor:
+        state: Tensor = self._prompt("question_state").state(self.call.items.row_index)
+        return state
+
+    def _prompt(self, name: str) -> Any:
+        if self.call.prompt is None:
+            raise self._missing(name)
+        return self.call.prompt
+
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         items = self.call.items
         if items.seeds is not None:

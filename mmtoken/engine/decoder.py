@@ -23,6 +23,7 @@ from mmtoken.engine.flops import DecoderShape
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber
 from mmtoken.engine.prefill import Cut, Items, Prefill, check_placeholders, locate, most_mass
+from mmtoken.engine.prompt import placeholders, prompt_of
 from mmtoken.engine.recorder import Recorder
 from mmtoken.engine.states import LayerStates
 from mmtoken.errors import InputError, UnsupportedError
@@ -135,15 +136,8 @@ class DecoderHooks:
             return
         state.encoded = encoded_by(outputs, state.made)
         state.input_ids = ids = call.get("input_ids")
-        state.visual = {}
+        state.visual = placeholders(self.session, ids, call.get("inputs_embeds"))
         for modality in self.backbone.modalities:
-            token = self.backbone.placeholder_ids(modality)
-            if ids is not None:
-                state.visual[modality] = ids == token
-            else:
-                embeds = call["inputs_embeds"]
-                placeholder = self.session.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-                state.visual[modality] = (embeds == placeholder).all(-1)
             if modality in state.encoded:
                 check_placeholders(state.visual[modality], state.encoded[modality])
 
@@ -170,6 +164,8 @@ class DecoderHooks:
         return found if found is not None and any(bool(mask.any()) for mask in found.values()) else None
 
     def _decoder_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        if self.thread.aside:
+            return None
         # Hooks do not run after a KeyboardInterrupt, so what an aborted call left is taken away here.
         self.thread.prefill = self.thread.decode_mask = self.thread.decode_positions = None
         attention.listen(None)
@@ -216,6 +212,7 @@ class DecoderHooks:
             input_ids=state.input_ids,
         )
         state.prefill = call
+        call.prompt = prompt_of(self.session, call)
         start_report(self.session, call, self.shape, encoded)
         call.embeds, keep = self._decide(call)
         call.entered = call.tokens.counts()
@@ -339,6 +336,7 @@ class DecoderHooks:
             dropped=~everything,
             input_ids=input_ids,
         )
+        call.prompt = prompt_of(self.session, call)
         embeds, keep = self._decide(call)
         self.session.take_report()
         return call, embeds, keep
@@ -509,6 +507,8 @@ class DecoderHooks:
             self.thread.report.listening_seconds += self.session.clock() - started
 
     def _decoder_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.thread.aside:
+            return None
         call = self.thread.prefill
         attention.listen(None)
         self.thread.prefill = None

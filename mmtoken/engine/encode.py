@@ -84,7 +84,7 @@ class Encoded:
 
 @dataclass
 class EncoderCall:
-    """The call in progress: tower runs and projections seen so far."""
+    """The call in progress: tower runs and projections seen so far, and the prompt row of each tile if it was asked."""
 
     modality: Modality
     arguments: Mapping[str, Any]
@@ -92,6 +92,7 @@ class EncoderCall:
     tiles: int = 0
     projected_mass: Tensor | None = None
     projected_size: Tensor | None = None
+    prompt_rows: Tensor | None = None
 
     def finish(self, backbone: Backbone, needs: frozenset[Need], acted: bool) -> Encoded:
         """Bring everything to the resolution of the prompt."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from mmtoken.backbones.base import Layout, Modality
 from mmtoken.engine import gather
 from mmtoken.engine.encode import Encoded
 from mmtoken.errors import InputError
@@ -94,7 +95,7 @@ def locate(visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> Item
         check_placeholders(mask, record)
         total = sum(record.layout.counts)
         start = 0
-        for row, item, first in _assign(per_row, record.layout.counts, len(where) // total, modality):
+        for row, item, first in assign(per_row, record.layout.counts, len(where) // total, modality):
             count = record.layout.counts[item]
             rows.append(row)
             spans.append(where[start : start + count, 1])
@@ -117,9 +118,13 @@ def check_placeholders(mask: Tensor, record: Encoded) -> None:
     Raises:
         InputError: they do not fit.
     """
-    count, total = int(mask.sum()), sum(record.layout.counts)
+    check_counts(mask, record.modality, record.layout)
+
+
+def check_counts(mask: Tensor, kind: Modality, layout: Layout) -> None:
+    """The same, where only the layout of what is encoded is known."""
+    count, total, items = int(mask.sum()), sum(layout.counts), len(layout.counts)
     if count and (not total or count % total):
-        kind, items = record.modality, len(record.layout.counts)
         raise InputError(
             f"input_ids has {count} {kind} tokens but the {items} {kind}s give {total} features; the prompt must hold "
             f"one placeholder per feature (truncated prompt, or more {kind}s than placeholders?)."
@@ -133,7 +138,7 @@ def _runs(where: Tensor) -> list[tuple[int, Tensor]]:
     return [(int(part[0, 0]), part[:, 1]) for part in where.tensor_split(breaks.cpu())]
 
 
-def _assign(per_row: list[int], counts: list[int], copies: int, modality: str) -> list[tuple[int, int, int]]:
+def assign(per_row: list[int], counts: list[int], copies: int, modality: str) -> list[tuple[int, int, int]]:
     """(row, item, first token of the item) for every row; beams repeat each row `copies` times in a row."""
     assigned: list[tuple[int, int, int]] = []
     item = first = 0
@@ -266,6 +271,7 @@ class Prefill:
         memory: what the compressor wants to remember.
         layer_cut: the cut that each decoder layer ran under.
         recorded: layers whose cache knows already what it stores.
+        prompt: its text (a `Prompt`), for methods that read it.
     """
 
     items: Items
@@ -289,6 +295,7 @@ class Prefill:
     layer_cut: dict[int, Cut] = field(default_factory=dict)
     recorded: set[int] = field(default_factory=set)
     started: float = 0.0
+    prompt: Any = None
 
     @property
     def last_token(self) -> Tensor:

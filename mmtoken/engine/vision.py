@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from mmtoken.engine import gather
 from mmtoken.engine.compat import check_checkpointing
 from mmtoken.engine.encode import EncoderCall
 from mmtoken.engine.measure import note_tokens
+from mmtoken.engine.prompt import Prompt, known
 from mmtoken.engine.report import Report
 from mmtoken.engine.tower import DenseRun, PackedRun, TowerRun, restore_output
 from mmtoken.errors import UnsupportedError
@@ -40,6 +41,8 @@ class TowerContext(Context):
         self.original_counts = counts
         self._seeds = seeds
         self._inside = inside
+        self.prompt: Callable[[], tuple[Prompt, Tensor]] | None = None
+        self.projected: Callable[[Tensor], Tensor] | None = None
 
     def _of(self, values: Tensor, tokens: VisualTokens) -> Tensor:
         extra = int(tokens.source.max()) + 1 - values.shape[1] if tokens.source.numel() else 0
@@ -66,6 +69,24 @@ class TowerContext(Context):
 
     def tower_cls(self, tokens: VisualTokens) -> Tensor | None:
         return self.run.cls
+
+    def prompt_embedding(self, tokens: VisualTokens) -> Tensor:
+        prompt, rows = self._asked("prompt_embedding")
+        return prompt.mean(rows)
+
+    def question_state(self, tokens: VisualTokens) -> Tensor:
+        prompt, rows = self._asked("question_state")
+        return prompt.state(rows)
+
+    def _asked(self, name: str) -> tuple[Prompt, Tensor]:
+        if self.prompt is None:
+            raise self._missing(name)
+        return self.prompt()
+
+    def to_llm(self, tokens: VisualTokens) -> Tensor:
+        if self.projected is None:
+            raise self._missing("to_llm")
+        return self.projected(tokens.features)
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         if self._seeds is None:
@@ -172,7 +193,34 @@ class VisionHooks:
             seeds = call.seeds(self.session.backbone)
         if run.counts is None:
             run.counts = tokens.counts()
-        return TowerContext(run, run.counts, seeds, inside=inside)
+        context = TowerContext(run, run.counts, seeds, inside=inside)
+        if "prompt" in self.session.compressor.needs:
+            context.prompt = functools.partial(self._prompt, call, run)
+        if self.session.compressor.patchwise_projector:
+            context.projected = self._to_llm
+        return context
+
+    def _prompt(self, call: EncoderCall, run: TowerRun) -> tuple[Prompt, Tensor]:
+        """The prompt, and which of its rows each tile or frame belongs to."""
+        prompt = known(self.session.thread)
+        if call.prompt_rows is None:
+            call.prompt_rows = prompt.tile_rows(call, self.session.backbone, run)
+        return prompt, call.prompt_rows
+
+    @torch.no_grad()
+    def _to_llm(self, features: Tensor) -> Tensor:
+        projector = self.session.backbone.projector()
+        assert projector is not None
+        return self._project(projector, features)
+
+    def _project(self, projector: nn.Module, features: Tensor) -> Tensor:
+        """Call the projector without acting around it."""
+        self._thread.projecting = True
+        try:
+            projected: Tensor = projector(features)
+            return projected
+        finally:
+            self._thread.projecting = False
 
     def _block_pre(
         self, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -273,13 +321,11 @@ class VisionHooks:
         extra = features.shape[1] - run.patches
         if extra:
             tokens.protected[:, :extra] = True
+        if run.tokens is not None:
+            tokens = _survivors(tokens, run.tokens, extra)
 
         def default(some: VisualTokens) -> VisualTokens:
-            state.projecting = True
-            try:
-                return some.replace(features=projector(some.features))
-            finally:
-                state.projecting = False
+            return some.replace(features=self._project(projector, some.features))
 
         context = self._context(run, tokens, inside=False)
         method = self.session.compressor
@@ -309,3 +355,17 @@ class VisionHooks:
         place = torch.where(slot >= 0, place, 0).cummax(-1).values
         filled = slot.gather(1, place).clamp(min=0)
         return gather.rows(left.features, filled)
+
+
+def _survivors(tokens: VisualTokens, left: VisualTokens, extra: int) -> VisualTokens:
+    """What is left of a tower's tokens before the projector, which gets the full grid.
+
+    Args:
+        tokens: the projector's tokens, `extra` of them (CLS) before the patches.
+        left: the tokens that the tower ended with.
+    """
+    rows = len(tokens)
+    first = torch.arange(extra, device=left.source.device).expand(rows, -1)
+    valid = torch.cat([torch.ones_like(first, dtype=torch.bool), left.valid], 1)
+    size = torch.cat([tokens.size[:, :extra], left.size], 1)
+    return tokens.take(torch.cat([first, left.source + extra], 1), valid).replace(size=size)
