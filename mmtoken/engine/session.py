@@ -22,7 +22,9 @@ from mmtoken.engine.cache import check_decoder
 from mmtoken.engine.decoder import DecoderHooks
 from mmtoken.engine.encode import Encoded, EncoderCall
 from mmtoken.engine.encoder import wrap_encoder
+from mmtoken.engine.eviction import query_module
 from mmtoken.engine.prefill import Prefill
+from mmtoken.engine.recorder import Recorder
 from mmtoken.engine.report import Report, SiteReport
 from mmtoken.engine.vision import VisionHooks
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
@@ -53,6 +55,7 @@ class ThreadState(threading.local):
         decode_mask, decode_positions: logical mask and position ids of the decoder call in progress, if it does not.
         report: the report being filled.
         latest: the last report filed.
+        recorder: what generated tokens of earlier calls looked at, if the method asks for it.
     """
 
     made: WeakValueDictionary[str, Any]
@@ -65,6 +68,7 @@ class ThreadState(threading.local):
     decode_positions: Tensor | None = None
     report: Report | None = None
     latest: Report | None = None
+    recorder: Recorder | None = None
 
     def __init__(self) -> None:
         self.made = WeakValueDictionary()
@@ -92,7 +96,7 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
         if method.sites & {"vision_layer", "project", "frames"} or {"tower_attention", "tower_keys"} & method.needs:
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
     if decoder is None:
-        if method.sites & {"llm_layer", "frames"}:
+        if method.sites & {"llm_layer", "frames", "cache"}:
             raise UnsupportedError(f"{name} acts inside or before a whole model, and this is a {backbone.name}.")
         return
     if "prepare" in method.sites and backbone.dynamic_resolution:
@@ -104,12 +108,17 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
         raise UnsupportedError(f"{name} leaves out frames of videos, and {backbone.name} reads images only.")
     method.cut_layers(len(decoder.layers))
     method.score_layers(len(decoder.layers))
+    method.watched_layers(len(decoder.layers))
+    method.recording(len(decoder.layers))
     implementation = decoder.config._attn_implementation
     if implementation not in _ATTENTIONS:
         raise UnsupportedError(
             f"attn_implementation={implementation!r} is not supported; load the model with 'sdpa' or 'eager'."
         )
     check_decoder(decoder.config)
+    if "cache" in method.sites:
+        for number, layer in enumerate(decoder.layers):
+            query_module(layer.self_attn, number)
 
 
 class Session(AbstractContextManager["Session"]):
@@ -185,6 +194,11 @@ class Session(AbstractContextManager["Session"]):
         if not self.reports:
             raise MMTokenError("report is empty: call the model with an image or video first.")
         return self.thread.latest or self.reports[-1]
+
+    def reset(self) -> None:
+        """Forget earlier calls of this thread: a new episode or stream begins. Safe to repeat."""
+        if self.thread.recorder is not None:
+            self.thread.recorder.reset()
 
     def detach(self) -> None:
         """Take away every hook and attribute; safe to repeat."""
