@@ -1,22 +1,34 @@
 """Compressors: one paper, one file."""
 
 from mmtoken.compressors.base import Compressor, Context
+from mmtoken.compressors.cdpruner import CDPruner
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.divprune import DivPrune
+from mmtoken.compressors.dycoke import DyCoke
 from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.holov import HoloV
+from mmtoken.compressors.prumerge import PruMerge
 from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.regionmask import RegionMask
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.visionzip import VisionZip
+from mmtoken.compressors.vispruner import VisPruner
 
 __all__ = [
+    "CDPruner",
     "Compressor",
     "Context",
     "DivPrune",
     "Downscale",
+    "DyCoke",
     "FastV",
+    "HoloV",
+    "PruMerge",
     "PyramidDrop",
     "Random",
+    "RegionMask",
     "ToMe",
     "UniformGrid",
+    "VisPruner",
     "VisionZip",
 ]

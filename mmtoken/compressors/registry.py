@@ -7,12 +7,18 @@ import sys
 from typing import Any
 
 from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.cdpruner import CDPruner
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.divprune import DivPrune
+from mmtoken.compressors.dycoke import DyCoke
 from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.holov import HoloV
+from mmtoken.compressors.prumerge import PruMerge
 from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.regionmask import RegionMask
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.visionzip import VisionZip
+from mmtoken.compressors.vispruner import VisPruner
 from mmtoken.errors import MMTokenError, UnknownNameError, near_names
 
 COMPRESSORS: tuple[type[Compressor], ...] = (
@@ -21,9 +27,15 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     VisionZip,
     DivPrune,
     ToMe,
+    PruMerge,
+    VisPruner,
+    CDPruner,
+    HoloV,
+    DyCoke,
     Random,
     UniformGrid,
     Downscale,
+    RegionMask,
 )
 
 

@@ -11,29 +11,41 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmtoken.compressors import (
+    CDPruner,
     Compressor,
     Context,
     DivPrune,
     Downscale,
+    DyCoke,
     FastV,
+    HoloV,
+    PruMerge,
     PyramidDrop,
     Random,
+    RegionMask,
     ToMe,
     UniformGrid,
     VisionZip,
+    VisPruner,
 )
 from mmtoken.compressors.base import CacheEntry, Rows, States, TextTokens, TowerStates, Transition
 from mmtoken.tokens import VisualTokens, pick_rows
 
 SETTINGS: dict[str, Compressor] = {
+    "cdpruner": CDPruner(keep=0.4),
     "divprune": DivPrune(keep=0.4),
     "downscale": Downscale(keep=0.4),
+    "dycoke": DyCoke(keep=0.4),
     "fastv": FastV(keep=0.4),
+    "holov": HoloV(keep=0.4),
+    "prumerge": PruMerge(keep=0.4),
     "pyramiddrop": PyramidDrop(keep=0.4),
     "random": Random(keep=0.4),
+    "regionmask": RegionMask(),
     "tome": ToMe(keep=0.4),
     "uniformgrid": UniformGrid(keep=0.4),
     "visionzip": VisionZip(keep=0.4),
+    "vispruner": VisPruner(keep=0.4),
 }
 """Every compressor of the library, with a budget that cuts."""
 
