@@ -3,6 +3,7 @@
 from mmtoken.compressors.base import Compressor, Context
 from mmtoken.compressors.cdpruner import CDPruner
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
+from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.dycoke import DyCoke
 from mmtoken.compressors.fastv import FastV
@@ -10,12 +11,19 @@ from mmtoken.compressors.holov import HoloV
 from mmtoken.compressors.prumerge import PruMerge
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.regionmask import RegionMask
+from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
+from mmtoken.compressors.trained import Trained
+from mmtoken.compressors.transprune import TransPrune
 from mmtoken.compressors.visionzip import VisionZip
 from mmtoken.compressors.vispruner import VisPruner
 
 __all__ = [
     "CDPruner",
+from mmtoken.compressors.vlapruner import VLAPruner
+
+__all__ = [
+    "DART",
     "Compressor",
     "Context",
     "DivPrune",
@@ -27,8 +35,13 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "RegionMask",
+    "SparseVLM",
+    "SparseVLMPlus",
     "ToMe",
+    "Trained",
+    "TransPrune",
     "UniformGrid",
     "VisPruner",
+    "VLAPruner",
     "VisionZip",
 ]

@@ -35,11 +35,14 @@ Need = Literal[
     "history",
     "content_seed",
 ]
-"""What a method reads besides the tokens, named as the `Context` methods that give it: attention that patches receive
-in the tower, tower keys, queries, keys and values of the tower block that has just run, outputs of several tower blocks,
-attention of prompt tokens in a decoder layer, the same in the layer about to run, queries, keys and values of a decoder layer, how a decoder layer
-changes its tokens, the prompt's text tokens (at the decoder), the prompt's text before anything is encoded, attention
-of generated tokens in earlier calls, and a seed made from the pixels."""
+"""What a method reads besides the tokens, named as the `Context` methods that give it.
+
+Attention that patches receive in the tower, and tower keys; queries, keys and values of the tower block that has just
+run; outputs of several tower blocks; attention of prompt tokens in a decoder layer, and in the layer about to run;
+queries, keys and values of a decoder layer; how a decoder layer changes its tokens; the prompt's text tokens (at the
+decoder), and its text before anything is encoded; attention of generated tokens in earlier calls; a seed made from the
+pixels.
+"""
 
 Rows = Literal["last", "after", "text", "all"] | Tensor
 """Whose attention is meant: the prompt's last token; all text tokens after the item's last token; all text tokens;
@@ -194,6 +197,9 @@ class Context:
     original_counts: list[int]
     """Eligible tokens per item before any cut at this stage (the tower, or the decoder)."""
 
+    steps: list[int]
+    """Temporal grid steps per item (1 for images), over which an int budget is pooled (decoder sites)."""
+
     memory: dict[str, Any]
     """What the method wants to remember until the next call of one of its sites in the same pass (running scores)."""
 
@@ -315,6 +321,7 @@ class Compressor(ABC):
         size_bias: whether towers that take a mask add log(size) to their attention scores (ToMe, equation 1).
         query_agnostic, causal: whether it ignores the question, and needs no later frame.
         trainable: whether it has learned parts.
+        patchwise_projector: whether it works only where the projector maps every patch by itself.
         control: whether it is a baseline that any method must beat.
         budget: how closely `keep` is met.
         identity_at_full: True if keep=1.0 is the plain model to the bit, else the reason why not.
@@ -336,6 +343,7 @@ class Compressor(ABC):
     query_agnostic: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     trainable: ClassVar[bool] = False
+    patchwise_projector: ClassVar[bool] = False
     control: ClassVar[bool] = False
     budget: ClassVar[Budget] = "exact"
     identity_at_full: ClassVar[bool | str] = True

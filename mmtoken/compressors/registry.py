@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, get_args, overload
 
 from mmtoken.compressors.base import Compressor
 from mmtoken.compressors.cdpruner import CDPruner
+from mmtoken.compressors.base import SITES, Compressor, Positions
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
+from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.dycoke import DyCoke
 from mmtoken.compressors.fastv import FastV
@@ -16,9 +18,13 @@ from mmtoken.compressors.holov import HoloV
 from mmtoken.compressors.prumerge import PruMerge
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.regionmask import RegionMask
+from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
+from mmtoken.compressors.trained import Trained
+from mmtoken.compressors.transprune import TransPrune
 from mmtoken.compressors.visionzip import VisionZip
 from mmtoken.compressors.vispruner import VisPruner
+from mmtoken.compressors.vlapruner import VLAPruner
 from mmtoken.errors import MMTokenError, UnknownNameError, near_names
 
 COMPRESSORS: tuple[type[Compressor], ...] = (
@@ -32,6 +38,11 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     CDPruner,
     HoloV,
     DyCoke,
+    SparseVLM,
+    SparseVLMPlus,
+    DART,
+    TransPrune,
+    VLAPruner,
     Random,
     UniformGrid,
     Downscale,
@@ -44,11 +55,17 @@ def names() -> dict[str, type[Compressor]]:
     return {cls.__name__.lower(): cls for cls in COMPRESSORS}
 
 
-def resolve(spec: Compressor | str | dict[str, Any], **settings: Any) -> Compressor:
+@overload
+def resolve(spec: Compressor | str | dict[str, Any], **settings: Any) -> Compressor: ...
+@overload
+def resolve(spec: Trained, **settings: Any) -> Trained: ...
+@overload
+def resolve(spec: Compressor | Trained | str | dict[str, Any], **settings: Any) -> Compressor | Trained: ...
+def resolve(spec: Compressor | Trained | str | dict[str, Any], **settings: Any) -> Compressor | Trained:
     """A compressor from whatever names one.
 
     Args:
-        spec: an instance; a name ("fastv", "uniform-grid"); a dotted class path; or
+        spec: an instance, with or without learned parts; a name ("fastv", "uniform-grid"); a dotted class path; or
             {"class_path": ..., "init_args": {...}} as in YAML and hub JSON. A class outside mmtoken is found only if
             its module has been imported already: a name in a file never imports code.
         **settings: settings that go on top.
@@ -57,6 +74,8 @@ def resolve(spec: Compressor | str | dict[str, Any], **settings: Any) -> Compres
         UnknownNameError: no compressor has this name; the message lists near ones.
         MMTokenError: a setting is unknown, missing or out of range.
     """
+    if isinstance(spec, Trained):
+        return Trained(resolve(spec.compressor, **settings), spec.module) if settings else spec
     if isinstance(spec, Compressor):
         return _make(type(spec), {**spec.settings(), **settings}) if settings else spec
     if isinstance(spec, str):
@@ -106,17 +125,31 @@ def _make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
 
 def facts() -> list[dict[str, str]]:
     """One row per compressor from the facts on its class, for lists and tables."""
-    return [
-        {
-            "name": name,
-            "title": cls.title,
-            "sites": ", ".join(sorted(cls.sites)),
-            "needs": ", ".join(sorted(cls.needs)) or "features only",
-            "budget": cls.budget.replace("_", " "),
-            "keep=1.0": "bit-identical" if cls.identity_at_full is True else str(cls.identity_at_full),
-            "sees the question": "no" if cls.query_agnostic else "yes",
-            "kind": "control" if cls.control else "method",
-            "paper": cls.paper,
-        }
-        for name, cls in names().items()
-    ]
+    return [facts_of(name, cls) for name, cls in names().items()]
+
+
+def facts_of(name: str, cls: type[Compressor]) -> dict[str, str]:
+    """The facts of one class as words; every class has the same ones."""
+    default = next(field.default for field in dataclasses.fields(cls) if field.name == "positions")  # type: ignore[arg-type]
+    return {
+        "name": name,
+        "title": cls.title,
+        "kind": "control" if cls.control else "method",
+        "year": str(cls.year),
+        "sites": ", ".join(site for site in SITES if site in cls.sites),
+        "needs": ", ".join(sorted(cls.needs)) or "features only",
+        "sees the question": _yes(not cls.query_agnostic),
+        "streaming-legal": _yes(cls.causal and cls.query_agnostic),
+        "trainable": _yes(cls.trainable),
+        "budget": cls.budget.replace("_", " "),
+        "positions": " or ".join(sorted(get_args(Positions), key=lambda choice: choice != default)),
+        "keep=1.0": "bit-identical" if cls.identity_at_full is True else str(cls.identity_at_full),
+        "parity": cls.parity,
+        "cost": cls.cost,
+        "licence": cls.licence,
+        "paper": cls.paper,
+    }
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"

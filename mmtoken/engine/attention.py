@@ -57,6 +57,12 @@ def listen(listener: Listener | None) -> None:
     _listening.listener = listener
 
 
+def listener() -> Listener | None:
+    """Who listens in this thread."""
+    found: Listener | None = getattr(_listening, "listener", None)
+    return found
+
+
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """The same inside a with statement; whoever listened before listens again afterwards."""

@@ -26,6 +26,8 @@ class LogicalLayer:
         ragged: whether `slots` contains padding.
         group: which cut produced `slots`; layers of one group hold equal `slots`.
         shift: int[B], by how much later positions move down (positions="renumber"), or None.
+        hidden: bool[B, G, n], which of the first n stored entries no later token sees, per head; None: all are seen.
+        settled: tokens seen when entries were last chosen among; all of them had a say, so none is taken back.
     """
 
     dropped: int = 0
@@ -33,6 +35,8 @@ class LogicalLayer:
     ragged: bool = False
     group: int = 0
     shift: Tensor | None = None
+    hidden: Tensor | None = None
+    settled: int = 0
 
     def stored(self) -> int:
         """Entries in the key/value tensors that are in use."""
@@ -45,6 +49,14 @@ class LogicalLayer:
         later = torch.arange(self.slots.shape[1], self.stored() + new, device=self.slots.device) + self.dropped
         return torch.cat([self.slots, later.expand(self.slots.shape[0], -1)], -1)
 
+    def all_columns(self) -> Tensor:
+        """int[B, stored] logical columns of the stored entries."""
+        columns = self.columns(0)
+        if columns is not None:
+            return columns
+        keys: Tensor = self.keys  # type: ignore[attr-defined]
+        return torch.arange(self.stored(), device=keys.device).expand(len(keys), -1)
+
     def record(self, index: Tensor, valid: Tensor | None, seen: int, group: int, shift: Tensor | None) -> None:
         """Note that of the last `seen` tokens only those at `index` int[B, n] were stored, just now."""
         stored = self.stored()
@@ -53,10 +65,7 @@ class LogicalLayer:
             return
         start = stored + self.dropped - n
         new = index + start if valid is None else (index + start).masked_fill(~valid, -1)
-        before = self.columns(0)
-        if before is None:
-            before = torch.arange(stored, device=index.device).expand(index.shape[0], -1)
-        self.slots = torch.cat([before[:, : stored - n], new], -1)
+        self.slots = torch.cat([self.all_columns()[:, : stored - n], new], -1)
         self.ragged = self.ragged or valid is not None
         self.dropped += seen - n
         self.group = group
@@ -66,6 +75,11 @@ class LogicalLayer:
     def _map_rows(self, change: Any) -> None:
         self.slots = None if self.slots is None else change(self.slots)
         self.shift = None if self.shift is None else change(self.shift)
+        self.hidden = None if self.hidden is None else change(self.hidden)
+
+    def _forget(self) -> None:
+        self.dropped, self.slots, self.ragged, self.group, self.shift = 0, None, False, 0, None
+        self.hidden, self.settled = None, 0
 
 
 class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
@@ -87,6 +101,11 @@ class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
         if not remove or not self.is_initialized:
             return
         left = self.stored() - remove
+        if self.get_seq_length() - remove < self.settled:
+            raise UnsupportedError(
+                f"crop takes back {remove} tokens, some of which chose what stays in the cache; speculative decoding "
+                "feeds guesses together with the prompt: switch it off, or use a method that acts before the cache."
+            )
         if self.slots is not None and left < self.slots.shape[1]:
             # Assisted decoding feeds candidates together with the prompt and takes rejected ones back.
             tail = self.slots[:, left:]
@@ -97,9 +116,39 @@ class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
         assert self.keys is not None and self.values is not None
         self.keys, self.values = self.keys[..., :left, :], self.values[..., :left, :]
 
+    def evict(self, keep: Tensor) -> None:
+        """Let entries go for good, in each head others.
+
+        Args:
+            keep: bool[B, G, n] over all stored entries, in each row the same number per head. Shorter rows are padded
+                in front.
+        """
+        assert self.keys is not None and self.values is not None
+        columns = self.all_columns()[:, None].expand_as(keep)
+        longest = int(keep.sum(-1).max())
+        order = torch.argsort(keep.to(torch.uint8), dim=-1, stable=True)
+        index = order[..., order.shape[-1] - longest :]
+        valid = keep.gather(2, index)
+        # One visible column stands for what the heads hold at a place; the lowest of them, so that the last columns are
+        # a run without gaps only where every head holds all of it.
+        self.slots = columns.gather(2, index).masked_fill(~valid, -1).amin(1)
+        self.ragged = not bool(valid.all())
+        self.dropped += keep.shape[2] - longest
+        index = index[..., None].expand(-1, -1, -1, self.keys.shape[-1])
+        self.keys = self.keys.gather(2, index)
+        self.values = self.values.gather(2, index[..., :1].expand(-1, -1, -1, self.values.shape[-1]))
+
+    def hide(self, keep: Tensor) -> None:
+        """Hide entries from all later tokens instead; `keep` as in `evict`."""
+        gone = ~keep
+        if self.hidden is not None:
+            before = self.hidden.shape[2]
+            gone[:, :, :before] |= self.hidden
+        self.hidden = gone
+
     def reset(self) -> None:
         super().reset()
-        self.dropped, self.slots, self.ragged, self.group, self.shift = 0, None, False, 0, None
+        self._forget()
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
@@ -132,7 +181,7 @@ class LogicalStaticLayer(LogicalLayer, StaticLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.dropped, self.slots, self.ragged, self.group, self.shift = 0, None, False, 0, None
+        self._forget()
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)

@@ -18,10 +18,12 @@ from mmtoken.engine.cache import LogicalLayer, logical_layer, make_logical, new_
 from mmtoken.engine.compat import CACHE, cache_in, check_checkpointing, with_cache
 from mmtoken.engine.context import CallContext
 from mmtoken.engine.encoder import encoded_by, forget
+from mmtoken.engine.eviction import Eviction
 from mmtoken.engine.flops import DecoderShape
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber
 from mmtoken.engine.prefill import Cut, Items, Prefill, check_placeholders, locate, most_mass
+from mmtoken.engine.prompt import placeholders, prompt_of
 from mmtoken.engine.recorder import Recorder
 from mmtoken.engine.states import LayerStates
 from mmtoken.errors import InputError, UnsupportedError
@@ -61,6 +63,7 @@ class DecoderHooks:
         recorded = () if self.recording is None else self.recording.layers
         self.read = tuple(sorted({*self.scored, *recorded}))
         self.tapped: dict[int, int] = {}
+        self.eviction = Eviction(session, decoder, self._context)
         root = self.backbone.root
         self.separate_root = root is not decoder
         self.signature = inspect.signature(type(root).forward)
@@ -77,12 +80,13 @@ class DecoderHooks:
             keep(root.register_forward_hook(self._root_post, always_call=True))
         keep(decoder.register_forward_pre_hook(self._decoder_pre, with_kwargs=True))
         keep(decoder.register_forward_hook(self._decoder_post, always_call=True))
-        if self.cuts or self.read:
-            for number in range(min((*self.cuts, *self.read)), self.depth):
+        if self.cuts or self.read or self.eviction.acts:
+            for number in range(0 if self.eviction.acts else min((*self.cuts, *self.read)), self.depth):
                 hook = functools.partial(self._layer_pre, number)
                 keep(decoder.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
             self._tap(undo)
             self._follow_deepstack(undo)
+        self.eviction.install(undo)
         for number in self.watched:
             layer = decoder.layers[number]
             for name, part in (("attention", layer.self_attn), ("mlp", layer.mlp)):
@@ -132,15 +136,8 @@ class DecoderHooks:
             return
         state.encoded = encoded_by(outputs, state.made)
         state.input_ids = ids = call.get("input_ids")
-        state.visual = {}
+        state.visual = placeholders(self.session, ids, call.get("inputs_embeds"))
         for modality in self.backbone.modalities:
-            token = self.backbone.placeholder_ids(modality)
-            if ids is not None:
-                state.visual[modality] = ids == token
-            else:
-                embeds = call["inputs_embeds"]
-                placeholder = self.session.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-                state.visual[modality] = (embeds == placeholder).all(-1)
             if modality in state.encoded:
                 check_placeholders(state.visual[modality], state.encoded[modality])
 
@@ -167,6 +164,8 @@ class DecoderHooks:
         return found if found is not None and any(bool(mask.any()) for mask in found.values()) else None
 
     def _decoder_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        if self.thread.aside:
+            return None
         # Hooks do not run after a KeyboardInterrupt, so what an aborted call left is taken away here.
         self.thread.prefill = self.thread.decode_mask = self.thread.decode_positions = None
         attention.listen(None)
@@ -213,6 +212,7 @@ class DecoderHooks:
             input_ids=state.input_ids,
         )
         state.prefill = call
+        call.prompt = prompt_of(self.session, call)
         start_report(self.session, call, self.shape, encoded)
         call.embeds, keep = self._decide(call)
         call.entered = call.tokens.counts()
@@ -237,6 +237,7 @@ class DecoderHooks:
             cache = new_cache(self.decoder.config)
         if cache is not None:
             make_logical(cache)
+        self.eviction.check_cache(cache)
         return cache
 
     def _decide(self, call: Prefill) -> tuple[Tensor, Tensor]:
@@ -275,7 +276,10 @@ class DecoderHooks:
         if not acted:
             return tokens
         if "project" in acted and not self.backbone.tokenwise_projector:
+            tower = self.backbone.tower()
+            assert tower is not None
             context = self._context(call, call.embeds)
+            context.depth, context.blocks = tower.feature_block + 1, len(tower.blocks)
             return self.session.run_site(
                 "project", None, tokens, context, lambda t: self.compressor.project(t, lambda already: already, context)
             )
@@ -332,6 +336,7 @@ class DecoderHooks:
             dropped=~everything,
             input_ids=input_ids,
         )
+        call.prompt = prompt_of(self.session, call)
         embeds, keep = self._decide(call)
         self.session.take_report()
         return call, embeds, keep
@@ -502,6 +507,8 @@ class DecoderHooks:
             self.thread.report.listening_seconds += self.session.clock() - started
 
     def _decoder_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.thread.aside:
+            return None
         call = self.thread.prefill
         attention.listen(None)
         self.thread.prefill = None
@@ -512,7 +519,7 @@ class DecoderHooks:
         cuts = [call.layer_cut.get(number, call.base) for number in range(self.depth)]
         for number, cut in enumerate(cuts):
             stored = logical_layer(call.cache, number)
-            if stored is not None:
+            if stored is not None and number not in call.recorded:
                 stored.record(cut.index, cut.valid, call.length, cut.group, cut.shift)
         finish_report(self.session, call, cuts)
         if not self.separate_root:
@@ -568,7 +575,9 @@ class DecoderHooks:
         if stored is None or not stored.group:
             return None
         state = self.thread
-        if state.decode_mask is None and not stored.ragged and stored.shift is None:
+        first = logical_layer(cache_in(kwargs), 0)
+        same = first is not None and not first.ragged and first.hidden is None
+        if state.decode_mask is None and not stored.ragged and stored.shift is None and stored.hidden is None and same:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         changed = dict(kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmtoken.compressors import (
     CDPruner,
+    DART,
     Compressor,
     Context,
     DivPrune,
@@ -23,16 +24,21 @@ from mmtoken.compressors import (
     PyramidDrop,
     Random,
     RegionMask,
+    SparseVLM,
+    SparseVLMPlus,
     ToMe,
+    TransPrune,
     UniformGrid,
     VisionZip,
     VisPruner,
+    VLAPruner,
 )
 from mmtoken.compressors.base import CacheEntry, Rows, States, TextTokens, TowerStates, Transition
 from mmtoken.tokens import VisualTokens, pick_rows
 
 SETTINGS: dict[str, Compressor] = {
     "cdpruner": CDPruner(keep=0.4),
+    "dart": DART(keep=0.4),
     "divprune": DivPrune(keep=0.4),
     "downscale": Downscale(keep=0.4),
     "dycoke": DyCoke(keep=0.4),
@@ -42,10 +48,14 @@ SETTINGS: dict[str, Compressor] = {
     "pyramiddrop": PyramidDrop(keep=0.4),
     "random": Random(keep=0.4),
     "regionmask": RegionMask(),
+    "sparsevlm": SparseVLM(keep=0.4),
+    "sparsevlmplus": SparseVLMPlus(keep=0.4),
     "tome": ToMe(keep=0.4),
+    "transprune": TransPrune(keep=0.4),
     "uniformgrid": UniformGrid(keep=0.4),
     "visionzip": VisionZip(keep=0.4),
     "vispruner": VisPruner(keep=0.4),
+    "vlapruner": VLAPruner(keep=0.4),
 }
 """Every compressor of the library, with a budget that cuts."""
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mmtoken import MMTokenError
 from mmtoken.compressors import Compressor, base
-from mmtoken.compressors.base import Budget, Need
+from mmtoken.compressors.base import Budget, Cost, Need, Parity
 from mmtoken.compressors.registry import COMPRESSORS
 from mmtoken.errors import InputError, KeepError
 from tests.compressors.batches import SETTINGS, act, budgets, item, lengths, make, subset
@@ -265,6 +265,7 @@ def test_facts_are_complete_and_of_the_declared_kinds(cls):
     assert cls.budget in get_args(Budget)
     assert cls.identity_at_full is True or (isinstance(cls.identity_at_full, str) and cls.identity_at_full)
     assert cls.needs <= set(get_args(Need))
+    assert cls.parity in get_args(Parity) and cls.cost in get_args(Cost) and 2020 <= cls.year <= 2030
     assert cls.sites and cls.sites <= set(base.SITES)
     for fact in ("merges", "size_bias", "query_agnostic", "causal", "trainable", "control"):
         assert isinstance(getattr(cls, fact), bool), fact
