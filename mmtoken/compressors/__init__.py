@@ -17,13 +17,11 @@ from mmtoken.compressors.trained import Trained
 from mmtoken.compressors.transprune import TransPrune
 from mmtoken.compressors.visionzip import VisionZip
 from mmtoken.compressors.vispruner import VisPruner
-
-__all__ = [
-    "CDPruner",
 from mmtoken.compressors.vlapruner import VLAPruner
 
 __all__ = [
     "DART",
+    "CDPruner",
     "Compressor",
     "Context",
     "DivPrune",
@@ -41,7 +39,7 @@ __all__ = [
     "Trained",
     "TransPrune",
     "UniformGrid",
-    "VisPruner",
     "VLAPruner",
+    "VisPruner",
     "VisionZip",
 ]

@@ -6,9 +6,8 @@ import dataclasses
 import sys
 from typing import Any, get_args, overload
 
-from mmtoken.compressors.base import Compressor
-from mmtoken.compressors.cdpruner import CDPruner
 from mmtoken.compressors.base import SITES, Compressor, Positions
+from mmtoken.compressors.cdpruner import CDPruner
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune

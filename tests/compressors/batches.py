@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmtoken.compressors import (
-    CDPruner,
     DART,
+    CDPruner,
     Compressor,
     Context,
     DivPrune,

@@ -93,8 +93,8 @@ COMPRESSORS: dict[str, Compressor] = {
     "regionmask-zero": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="zero"),
     "regionmask-mean": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="mean"),
     "regionmask-mask": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="mask"),
-    "regionmask-patches": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="zero", site="patches"),
-    "regionmask-patches-drop": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), site="patches"),
+    "regionmask-patches-zero": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="zero", site="patches"),
+    "regionmask-patches": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), site="patches"),
 }
 
 ANCHOR_COMPRESSORS = ("divprune", "fastv", "pyramiddrop")
@@ -109,6 +109,13 @@ def refused(name: str, cell: Cell) -> str | None:
     if "prepare" in COMPRESSORS[name].sites and cell[0] in DYNAMIC:
         return "before the processor"
     return None
+
+
+def drops(name: str, cell: Cell) -> bool:
+    """Whether a pair lets tokens go: filling a region leaves all, and DyCoke passes images unchanged."""
+    return not name.startswith(("regionmask-zero", "regionmask-mean", "regionmask-patches-zero")) and (
+        not name.startswith("dycoke") or cell[1] == "video"
+    )
 
 
 def _rest() -> set[tuple[str, Cell]]:
