@@ -1,27 +1,38 @@
 """Compressors: one paper, one file."""
 
 from mmtoken.compressors.base import Compressor, Context
+from mmtoken.compressors.cdpruner import CDPruner
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
+from mmtoken.compressors.dycoke import DyCoke
 from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.holov import HoloV
+from mmtoken.compressors.prumerge import PruMerge
 from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.regionmask import RegionMask
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.trained import Trained
 from mmtoken.compressors.transprune import TransPrune
 from mmtoken.compressors.visionzip import VisionZip
+from mmtoken.compressors.vispruner import VisPruner
 from mmtoken.compressors.vlapruner import VLAPruner
 
 __all__ = [
     "DART",
+    "CDPruner",
     "Compressor",
     "Context",
     "DivPrune",
     "Downscale",
+    "DyCoke",
     "FastV",
+    "HoloV",
+    "PruMerge",
     "PyramidDrop",
     "Random",
+    "RegionMask",
     "SparseVLM",
     "SparseVLMPlus",
     "ToMe",
@@ -29,5 +40,6 @@ __all__ = [
     "TransPrune",
     "UniformGrid",
     "VLAPruner",
+    "VisPruner",
     "VisionZip",
 ]

@@ -7,16 +7,22 @@ import sys
 from typing import Any, get_args, overload
 
 from mmtoken.compressors.base import SITES, Compressor, Positions
+from mmtoken.compressors.cdpruner import CDPruner
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
+from mmtoken.compressors.dycoke import DyCoke
 from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.holov import HoloV
+from mmtoken.compressors.prumerge import PruMerge
 from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.regionmask import RegionMask
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.trained import Trained
 from mmtoken.compressors.transprune import TransPrune
 from mmtoken.compressors.visionzip import VisionZip
+from mmtoken.compressors.vispruner import VisPruner
 from mmtoken.compressors.vlapruner import VLAPruner
 from mmtoken.errors import MMTokenError, UnknownNameError, near_names
 
@@ -26,6 +32,11 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     VisionZip,
     DivPrune,
     ToMe,
+    PruMerge,
+    VisPruner,
+    CDPruner,
+    HoloV,
+    DyCoke,
     SparseVLM,
     SparseVLMPlus,
     DART,
@@ -34,6 +45,7 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     Random,
     UniformGrid,
     Downscale,
+    RegionMask,
 )
 
 

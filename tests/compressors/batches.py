@@ -12,37 +12,49 @@ from torch import Tensor
 
 from mmtoken.compressors import (
     DART,
+    CDPruner,
     Compressor,
     Context,
     DivPrune,
     Downscale,
+    DyCoke,
     FastV,
+    HoloV,
+    PruMerge,
     PyramidDrop,
     Random,
+    RegionMask,
     SparseVLM,
     SparseVLMPlus,
     ToMe,
     TransPrune,
     UniformGrid,
     VisionZip,
+    VisPruner,
     VLAPruner,
 )
 from mmtoken.compressors.base import CacheEntry, Rows, States, TextTokens, TowerStates, Transition
 from mmtoken.tokens import VisualTokens, pick_rows
 
 SETTINGS: dict[str, Compressor] = {
+    "cdpruner": CDPruner(keep=0.4),
     "dart": DART(keep=0.4),
     "divprune": DivPrune(keep=0.4),
     "downscale": Downscale(keep=0.4),
+    "dycoke": DyCoke(keep=0.4),
     "fastv": FastV(keep=0.4),
+    "holov": HoloV(keep=0.4),
+    "prumerge": PruMerge(keep=0.4),
     "pyramiddrop": PyramidDrop(keep=0.4),
     "random": Random(keep=0.4),
+    "regionmask": RegionMask(),
     "sparsevlm": SparseVLM(keep=0.4),
     "sparsevlmplus": SparseVLMPlus(keep=0.4),
     "tome": ToMe(keep=0.4),
     "transprune": TransPrune(keep=0.4),
     "uniformgrid": UniformGrid(keep=0.4),
     "visionzip": VisionZip(keep=0.4),
+    "vispruner": VisPruner(keep=0.4),
     "vlapruner": VLAPruner(keep=0.4),
 }
 """Every compressor of the library, with a budget that cuts."""
