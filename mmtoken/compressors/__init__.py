@@ -8,6 +8,7 @@ from mmtoken.compressors.fastv import FastV
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
+from mmtoken.compressors.trained import Trained
 from mmtoken.compressors.transprune import TransPrune
 from mmtoken.compressors.visionzip import VisionZip
 from mmtoken.compressors.vlapruner import VLAPruner
@@ -24,6 +25,7 @@ __all__ = [
     "SparseVLM",
     "SparseVLMPlus",
     "ToMe",
+    "Trained",
     "TransPrune",
     "UniformGrid",
     "VLAPruner",
