@@ -4,10 +4,15 @@ from mmtoken.compressors.base import Compressor, Context
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
+from mmtoken.compressors.expectedattention import ExpectedAttention
 from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.keydiff import KeyDiff
+from mmtoken.compressors.knorm import Knorm
 from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.snapkv import SnapKV
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
+from mmtoken.compressors.tova import TOVA
 from mmtoken.compressors.trained import Trained
 from mmtoken.compressors.transprune import TransPrune
 from mmtoken.compressors.visionzip import VisionZip
@@ -15,13 +20,18 @@ from mmtoken.compressors.vlapruner import VLAPruner
 
 __all__ = [
     "DART",
+    "TOVA",
     "Compressor",
     "Context",
     "DivPrune",
     "Downscale",
+    "ExpectedAttention",
     "FastV",
+    "KeyDiff",
+    "Knorm",
     "PyramidDrop",
     "Random",
+    "SnapKV",
     "SparseVLM",
     "SparseVLMPlus",
     "ToMe",

@@ -12,13 +12,18 @@ from torch import Tensor
 
 from mmtoken.compressors import (
     DART,
+    TOVA,
     Compressor,
     Context,
     DivPrune,
     Downscale,
+    ExpectedAttention,
     FastV,
+    KeyDiff,
+    Knorm,
     PyramidDrop,
     Random,
+    SnapKV,
     SparseVLM,
     SparseVLMPlus,
     ToMe,
@@ -44,6 +49,11 @@ SETTINGS: dict[str, Compressor] = {
     "uniformgrid": UniformGrid(keep=0.4),
     "visionzip": VisionZip(keep=0.4),
     "vlapruner": VLAPruner(keep=0.4),
+    "expectedattention": ExpectedAttention(keep=0.4),
+    "keydiff": KeyDiff(keep=0.4),
+    "knorm": Knorm(keep=0.4),
+    "snapkv": SnapKV(keep=0.4),
+    "tova": TOVA(keep=0.4),
 }
 """Every compressor of the library, with a budget that cuts."""
 
@@ -89,6 +99,10 @@ class Given(Context):
     learned: Any = None
     memory: dict[str, Any] = field(default_factory=dict)
     asked: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> list[int]:
+        return [1] * len(self.original_counts)
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         return self.seeds
