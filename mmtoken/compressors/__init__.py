@@ -11,8 +11,15 @@ from mmtoken.compressors.holov import HoloV
 from mmtoken.compressors.prumerge import PruMerge
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.regionmask import RegionMask
+from mmtoken.compressors.expectedattention import ExpectedAttention
+from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.keydiff import KeyDiff
+from mmtoken.compressors.knorm import Knorm
+from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.snapkv import SnapKV
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
+from mmtoken.compressors.tova import TOVA
 from mmtoken.compressors.trained import Trained
 from mmtoken.compressors.transprune import TransPrune
 from mmtoken.compressors.visionzip import VisionZip
@@ -22,6 +29,7 @@ from mmtoken.compressors.vlapruner import VLAPruner
 __all__ = [
     "DART",
     "CDPruner",
+    "TOVA",
     "Compressor",
     "Context",
     "DivPrune",
@@ -33,6 +41,13 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "RegionMask",
+    "ExpectedAttention",
+    "FastV",
+    "KeyDiff",
+    "Knorm",
+    "PyramidDrop",
+    "Random",
+    "SnapKV",
     "SparseVLM",
     "SparseVLMPlus",
     "ToMe",

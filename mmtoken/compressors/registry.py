@@ -17,8 +17,15 @@ from mmtoken.compressors.holov import HoloV
 from mmtoken.compressors.prumerge import PruMerge
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.regionmask import RegionMask
+from mmtoken.compressors.expectedattention import ExpectedAttention
+from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.keydiff import KeyDiff
+from mmtoken.compressors.knorm import Knorm
+from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.snapkv import SnapKV
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
+from mmtoken.compressors.tova import TOVA
 from mmtoken.compressors.trained import Trained
 from mmtoken.compressors.transprune import TransPrune
 from mmtoken.compressors.visionzip import VisionZip
@@ -42,6 +49,11 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     DART,
     TransPrune,
     VLAPruner,
+    SnapKV,
+    Knorm,
+    ExpectedAttention,
+    KeyDiff,
+    TOVA,
     Random,
     UniformGrid,
     Downscale,

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmtoken.compressors import (
     DART,
     CDPruner,
+    TOVA,
     Compressor,
     Context,
     DivPrune,
@@ -24,6 +25,13 @@ from mmtoken.compressors import (
     PyramidDrop,
     Random,
     RegionMask,
+    ExpectedAttention,
+    FastV,
+    KeyDiff,
+    Knorm,
+    PyramidDrop,
+    Random,
+    SnapKV,
     SparseVLM,
     SparseVLMPlus,
     ToMe,
@@ -56,6 +64,11 @@ SETTINGS: dict[str, Compressor] = {
     "visionzip": VisionZip(keep=0.4),
     "vispruner": VisPruner(keep=0.4),
     "vlapruner": VLAPruner(keep=0.4),
+    "expectedattention": ExpectedAttention(keep=0.4),
+    "keydiff": KeyDiff(keep=0.4),
+    "knorm": Knorm(keep=0.4),
+    "snapkv": SnapKV(keep=0.4),
+    "tova": TOVA(keep=0.4),
 }
 """Every compressor of the library, with a budget that cuts."""
 
@@ -101,6 +114,10 @@ class Given(Context):
     learned: Any = None
     memory: dict[str, Any] = field(default_factory=dict)
     asked: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> list[int]:
+        return [1] * len(self.original_counts)
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         return self.seeds

@@ -21,6 +21,7 @@ from torch import Tensor
 HOME = Path(__file__).parent
 METHODS = (
     "fastv",
+    "kvpress",
     "pyramiddrop",
     "sparsevlm",
     "tome",
