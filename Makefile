@@ -23,7 +23,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) tests/test_package.py tests/test_readme.py
+	$(PYTEST) tests/test_package.py tests/test_readme.py tests/test_cards.py
 
 bench: $(READY)
 	$(BIN)/mmtoken bench --out bench

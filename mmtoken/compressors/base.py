@@ -25,6 +25,7 @@ Need = Literal[
     "tower_attention",
     "tower_keys",
     "tower_states",
+    "tower_features",
     "text_attention",
     "next_attention",
     "decoder_states",
@@ -34,11 +35,14 @@ Need = Literal[
     "history",
     "content_seed",
 ]
-"""What a method reads besides the tokens, named as the `Context` methods that give it: attention that patches receive
-in the tower, tower keys, queries, keys and values of the tower block that has just run, attention of prompt tokens in a
-decoder layer, the same in the layer about to run, queries, keys and values of a decoder layer, how a decoder layer
-changes its tokens, the prompt's text tokens (at the decoder), the prompt's text before anything is encoded, attention
-of generated tokens in earlier calls, and a seed made from the pixels."""
+"""What a method reads besides the tokens, named as the `Context` methods that give it.
+
+Attention that patches receive in the tower, and tower keys; queries, keys and values of the tower block that has just
+run; outputs of several tower blocks; attention of prompt tokens in a decoder layer, and in the layer about to run;
+queries, keys and values of a decoder layer; how a decoder layer changes its tokens; the prompt's text tokens (at the
+decoder), and its text before anything is encoded; attention of generated tokens in earlier calls; a seed made from the
+pixels.
+"""
 
 Rows = Literal["last", "after", "text", "all"] | Tensor
 """Whose attention is meant: the prompt's last token; all text tokens after the item's last token; all text tokens;
@@ -192,6 +196,9 @@ class Context:
 
     original_counts: list[int]
     """Eligible tokens per item before any cut at this stage (the tower, or the decoder)."""
+
+    steps: list[int]
+    """Temporal grid steps per item (1 for images), over which an int budget is pooled (decoder sites)."""
 
     memory: dict[str, Any]
     """What the method wants to remember until the next call of one of its sites in the same pass (running scores)."""
@@ -400,6 +407,10 @@ class Compressor(ABC):
     def recording(self, depth: int) -> Recording | None:
         """What to record of generated tokens for `history`; None: nothing."""
         return None
+
+    def hides(self) -> bool:
+        """Whether tokens that are let go stay in the decoder's sequence, unseen by the others (as mode="mask")."""
+        return False
 
     def tower_layers(self, depth: int, blocks: int) -> tuple[int, ...]:
         """Tower blocks besides the one that the projector reads whose attention, keys or features are read.

@@ -11,6 +11,9 @@ from torch import Tensor
 from mmtoken.compressors.base import Compressor, Context, Cost, Positions
 from mmtoken.tokens import VisualTokens, refuse_nan
 
+TILE = 256
+"""Tokens whose distances to as many others are held at once."""
+
 
 @dataclass(frozen=True)
 class DivPrune(Compressor):
@@ -52,28 +55,44 @@ def maxmin_select(features: Tensor, counts: list[int], eligible: Tensor) -> Tens
     """
     unit = torch.nn.functional.normalize(features.detach().float(), dim=-1)
     refuse_nan(unit, eligible, "features")
+    unit.masked_fill_(~eligible[..., None], 0)
     rows, length = eligible.shape
     picked = torch.zeros_like(eligible)
     steps = max(counts, default=0)
     if not rows or not length or not steps:
         return picked
     row = torch.arange(rows, device=features.device)
-    similarity = unit @ unit.transpose(1, 2)
-    # Products of blocks round (i, j) and (j, i) apart, and of two mutual neighbours the lower index must win.
-    distance = (similarity + similarity.transpose(1, 2)).mul_(-0.5).add_(1)
-    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    distance.masked_fill_(~eligible[:, None, :], torch.inf)
     # A chosen or ineligible token must lose against every other one, also against those at distance 0.
-    best = distance.amin(-1).masked_fill(~eligible, -torch.inf).argmax(-1)
-    distance.clamp_(max=2.0)
-    nearest = torch.full_like(distance[:, 0], torch.inf).masked_fill(~eligible, -torch.inf)
+    best = _isolation(unit, eligible).masked_fill(~eligible, -torch.inf).argmax(-1)
+    nearest = torch.full_like(unit[..., 0], torch.inf).masked_fill(~eligible, -torch.inf)
     order = [best]
     for _ in range(steps - 1):
         nearest[row, best] = -torch.inf
-        torch.minimum(nearest, distance[row, best], out=nearest)
+        # One row of distances at a time: all of them would take N x N numbers.
+        distance = 1 - (unit @ unit[row, best][..., None])[..., 0]
+        torch.minimum(nearest, distance, out=nearest)
         best = nearest.argmax(-1)
         order.append(best)
     # Rows with a smaller budget stopped counting earlier.
     within = torch.arange(steps, device=row.device) < torch.tensor(counts, device=row.device)[:, None]
     picked[row[:, None].expand_as(within)[within], torch.stack(order, 1)[within]] = True
     return picked & eligible
+
+
+def _isolation(unit: Tensor, eligible: Tensor) -> Tensor:
+    """float[B, N]: distance of every token to its nearest eligible neighbour, in tiles of TILE x TILE pairs.
+
+    Every number counts for both of its tokens: products round (i, j) and (j, i) apart, and of two mutual neighbours the
+    lower index must win.
+    """
+    nearest = torch.full_like(unit[..., 0], torch.inf)
+    blocks = [slice(start, start + TILE) for start in range(0, unit.shape[1], TILE)]
+    for number, rows in enumerate(blocks):
+        for columns in blocks[number:]:
+            distance = 1 - unit[:, rows] @ unit[:, columns].transpose(1, 2)
+            if rows == columns:
+                distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+            for mine, others, dim in ((rows, columns, 2), (columns, rows, 1)):
+                seen = distance.masked_fill(~eligible[:, others].unsqueeze(3 - dim), torch.inf)
+                nearest[:, mine] = torch.minimum(nearest[:, mine], seen.amin(dim))
+    return nearest

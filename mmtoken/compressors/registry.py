@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any, overload
+from typing import Any, get_args, overload
 
-from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.base import SITES, Compressor, Positions
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.fastv import FastV
@@ -103,17 +103,31 @@ def _make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
 
 def facts() -> list[dict[str, str]]:
     """One row per compressor from the facts on its class, for lists and tables."""
-    return [
-        {
-            "name": name,
-            "title": cls.title,
-            "sites": ", ".join(sorted(cls.sites)),
-            "needs": ", ".join(sorted(cls.needs)) or "features only",
-            "budget": cls.budget.replace("_", " "),
-            "keep=1.0": "bit-identical" if cls.identity_at_full is True else str(cls.identity_at_full),
-            "sees the question": "no" if cls.query_agnostic else "yes",
-            "kind": "control" if cls.control else "method",
-            "paper": cls.paper,
-        }
-        for name, cls in names().items()
-    ]
+    return [facts_of(name, cls) for name, cls in names().items()]
+
+
+def facts_of(name: str, cls: type[Compressor]) -> dict[str, str]:
+    """The facts of one class as words; every class has the same ones."""
+    default = next(field.default for field in dataclasses.fields(cls) if field.name == "positions")  # type: ignore[arg-type]
+    return {
+        "name": name,
+        "title": cls.title,
+        "kind": "control" if cls.control else "method",
+        "year": str(cls.year),
+        "sites": ", ".join(site for site in SITES if site in cls.sites),
+        "needs": ", ".join(sorted(cls.needs)) or "features only",
+        "sees the question": _yes(not cls.query_agnostic),
+        "streaming-legal": _yes(cls.causal and cls.query_agnostic),
+        "trainable": _yes(cls.trainable),
+        "budget": cls.budget.replace("_", " "),
+        "positions": " or ".join(sorted(get_args(Positions), key=lambda choice: choice != default)),
+        "keep=1.0": "bit-identical" if cls.identity_at_full is True else str(cls.identity_at_full),
+        "parity": cls.parity,
+        "cost": cls.cost,
+        "licence": cls.licence,
+        "paper": cls.paper,
+    }
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"

@@ -20,8 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 TAPPED_SDPA = "mmtoken_sdpa"
 
-Listener = Callable[[nn.Module, Tensor, Tensor, Tensor | None, float], bool]
-"""Called with (attention module, queries [B, H, q, d], keys [B, G, k, d], mask, scaling); True skips the attention."""
+Listener = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], bool]
+"""Called with (attention module, queries [B, H, q, d], keys and values [B, G, k, d], mask, scaling); True skips the
+attention itself."""
 
 _listening = threading.local()
 
@@ -33,7 +34,7 @@ def _tapped_sdpa(
     if listener is not None:
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if listener(module, query, key, attention_mask, scaling):
+        if listener(module, query, key, value, attention_mask, scaling):
             return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
     output: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
         module, query, key, value, attention_mask, **kwargs
@@ -54,6 +55,12 @@ def register() -> None:
 def listen(listener: Listener | None) -> None:
     """Let `listener` see every tapped attention call of this thread from now on; None: nobody."""
     _listening.listener = listener
+
+
+def listener() -> Listener | None:
+    """Who listens in this thread."""
+    found: Listener | None = getattr(_listening, "listener", None)
+    return found
 
 
 @contextmanager
@@ -82,43 +89,89 @@ class PrivateConfig:
             module.config = self.original
 
 
-def tapped_copy(module: Any) -> Any:
+class _Nothing(nn.Module):
+    """Stands in for a projection whose result nobody reads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states.new_zeros(1).expand(*states.shape[:-1], self.width)
+
+
+def tapped_copy(module: Any, *, values: bool = True) -> Any:
     """A shallow copy of an attention module that uses the tapped attention, whatever the model uses.
 
     The module itself and its config stay as they are: other threads may be running it.
+
+    Args:
+        module: the attention of a decoder layer.
+        values: False leaves out the projections of values and of the output, where the listener skips the attention
+            and reads queries and keys only.
     """
     tapped = copy.copy(module)
     tapped.config = copy.copy(module.config)
     tapped.config._attn_implementation = TAPPED_SDPA
+    left_out = ("o_proj",) if values else ("v_proj", "o_proj")
+    tapped._modules = dict(module._modules)
+    for name in left_out:
+        if isinstance(module._modules.get(name), nn.Linear):
+            tapped._modules[name] = _Nothing(module._modules[name].out_features)
     return tapped
 
 
 @torch.no_grad()
-def query_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, index: Tensor, past: int) -> Tensor:
-    """Attention of one query per row, averaged over heads.
+def attention_of(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, index: Tensor, past: int) -> Tensor:
+    """Attention of some queries of each row, per head.
 
     Args:
         query: float[B, H, q, d], rotated.
         key: float[B, G, k, d], rotated, G dividing H; entries beyond past + q are unused buffer.
         mask: bool or additive [B or 1, 1, q, k], or None for causal attention.
         scaling: factor on the dot products.
-        index: int[B], which query of each row.
+        index: int[B, R], which queries of each row.
         past: keys that precede the first query.
 
     Returns:
-        float32[B, k], softmax over the keys that the query may see. Nothing is recorded for gradients: checkpointing
-        runs the layer again without a listener and compares what was recorded.
+        float32[B, H, R, k], softmax over the keys that the query may see. Nothing is recorded for gradients:
+        checkpointing runs the layer again without a listener and compares what was recorded.
     """
     rows, heads, _, width = query.shape
     groups, length = key.shape[1], key.shape[2]
-    picked = query.gather(2, index.view(-1, 1, 1, 1).expand(-1, heads, 1, width)).float()
-    scores = picked.view(rows, groups, heads // groups, width) @ key.float().transpose(-1, -2)
-    scores = scores.flatten(1, 2) * scaling
+    chosen = index.shape[1]
+    picked = query.gather(2, index[:, None, :, None].expand(-1, heads, -1, width)).float()
+    scores = picked.view(rows, groups, heads // groups * chosen, width) @ key.float().transpose(-1, -2)
+    scores = scores.view(rows, heads, chosen, length) * scaling
     if mask is None:
-        allowed = torch.arange(length, device=key.device) <= (past + index)[:, None]
+        allowed = torch.arange(length, device=key.device) <= (past + index)[..., None]
     else:
-        row = mask.expand(rows, -1, -1, -1).gather(
-            2, index.view(-1, 1, 1, 1).expand(-1, mask.shape[1], 1, mask.shape[3])
-        )
-        allowed = (row if row.dtype == torch.bool else row == 0)[:, 0, 0, :length]
-    return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1).mean(1)
+        row = mask.expand(rows, -1, -1, -1)[:, 0].gather(1, index[..., None].expand(-1, -1, mask.shape[3]))
+        allowed = (row if row.dtype == torch.bool else row == 0)[..., :length]
+    return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
+
+
+@torch.no_grad()
+def mean_attention(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    index: Tensor,
+    valid: Tensor | None,
+    past: int,
+    chunk: int = 64,
+) -> Tensor:
+    """float32[B, k]: the same, averaged over heads and over the queries of which `valid` bool[B, R] count (None: all).
+
+    A few queries are taken at a time, so memory grows with the keys only.
+    """
+    if index.shape[1] == 1 and valid is None:
+        return attention_of(query, key, mask, scaling, index, past)[:, :, 0].mean(1)
+    weight = torch.ones_like(index, dtype=torch.float32) if valid is None else valid.float()
+    total = torch.zeros(len(query), key.shape[2], device=key.device)
+    for some, weights in zip(index.split(chunk, 1), weight.split(chunk, 1), strict=True):
+        rows = attention_of(query, key, mask, scaling, some, past).mean(1)
+        # A query that does not count may be padding, which sees nothing: its softmax is NaN.
+        total += torch.where(weights[..., None] > 0, rows, 0.0).sum(1)
+    return total / weight.sum(-1, keepdim=True).clamp(min=1.0)

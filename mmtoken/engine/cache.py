@@ -26,6 +26,7 @@ class LogicalLayer:
         ragged: whether `slots` contains padding.
         group: which cut produced `slots`; layers of one group hold equal `slots`.
         shift: int[B], by how much later positions move down (positions="renumber"), or None.
+        hidden: bool[B, G, n], which of the first n stored entries no later token sees, per head; None: all are seen.
     """
 
     dropped: int = 0
@@ -33,6 +34,7 @@ class LogicalLayer:
     ragged: bool = False
     group: int = 0
     shift: Tensor | None = None
+    hidden: Tensor | None = None
 
     def stored(self) -> int:
         """Entries in the key/value tensors that are in use."""
@@ -45,6 +47,14 @@ class LogicalLayer:
         later = torch.arange(self.slots.shape[1], self.stored() + new, device=self.slots.device) + self.dropped
         return torch.cat([self.slots, later.expand(self.slots.shape[0], -1)], -1)
 
+    def all_columns(self) -> Tensor:
+        """int[B, stored] logical columns of the stored entries."""
+        columns = self.columns(0)
+        if columns is not None:
+            return columns
+        keys: Tensor = self.keys  # type: ignore[attr-defined]
+        return torch.arange(self.stored(), device=keys.device).expand(len(keys), -1)
+
     def record(self, index: Tensor, valid: Tensor | None, seen: int, group: int, shift: Tensor | None) -> None:
         """Note that of the last `seen` tokens only those at `index` int[B, n] were stored, just now."""
         stored = self.stored()
@@ -53,10 +63,7 @@ class LogicalLayer:
             return
         start = stored + self.dropped - n
         new = index + start if valid is None else (index + start).masked_fill(~valid, -1)
-        before = self.columns(0)
-        if before is None:
-            before = torch.arange(stored, device=index.device).expand(index.shape[0], -1)
-        self.slots = torch.cat([before[:, : stored - n], new], -1)
+        self.slots = torch.cat([self.all_columns()[:, : stored - n], new], -1)
         self.ragged = self.ragged or valid is not None
         self.dropped += seen - n
         self.group = group
@@ -66,6 +73,10 @@ class LogicalLayer:
     def _map_rows(self, change: Any) -> None:
         self.slots = None if self.slots is None else change(self.slots)
         self.shift = None if self.shift is None else change(self.shift)
+        self.hidden = None if self.hidden is None else change(self.hidden)
+
+    def _forget(self) -> None:
+        self.dropped, self.slots, self.ragged, self.group, self.shift, self.hidden = 0, None, False, 0, None, None
 
 
 class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
@@ -94,12 +105,46 @@ class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
             if not bool((tail == torch.arange(start, start + tail.shape[1], device=tail.device)).all()):
                 raise UnsupportedError(f"crop removes {remove} tokens and reaches into compressed ones; start anew.")
             self.slots = self.slots[:, :left]
+        if self.hidden is not None and left < self.hidden.shape[2]:
+            if bool(self.hidden[:, :, left:].any()):
+                raise UnsupportedError(f"crop removes {remove} tokens and reaches into compressed ones; start anew.")
+            self.hidden = self.hidden[:, :, :left]
         assert self.keys is not None and self.values is not None
         self.keys, self.values = self.keys[..., :left, :], self.values[..., :left, :]
 
+    def evict(self, keep: Tensor) -> None:
+        """Let entries go for good, in each head others.
+
+        Args:
+            keep: bool[B, G, n] over all stored entries, in each row the same number per head. Shorter rows are padded
+                in front.
+        """
+        assert self.keys is not None and self.values is not None
+        columns = self.all_columns()[:, None].expand_as(keep)
+        longest = int(keep.sum(-1).max())
+        order = torch.argsort(keep.to(torch.uint8), dim=-1, stable=True)
+        index = order[..., order.shape[-1] - longest :]
+        valid = keep.gather(2, index)
+        # One visible column stands for what the heads hold at a place; the lowest of them, so that the last columns are
+        # a run without gaps only where every head holds all of it.
+        self.slots = columns.gather(2, index).masked_fill(~valid, -1).amin(1)
+        self.ragged = not bool(valid.all())
+        self.dropped += keep.shape[2] - longest
+        index = index[..., None].expand(-1, -1, -1, self.keys.shape[-1])
+        self.keys = self.keys.gather(2, index)
+        self.values = self.values.gather(2, index[..., :1].expand(-1, -1, -1, self.values.shape[-1]))
+
+    def hide(self, keep: Tensor) -> None:
+        """Hide entries from all later tokens instead; `keep` as in `evict`."""
+        gone = ~keep
+        if self.hidden is not None:
+            before = self.hidden.shape[2]
+            gone[:, :, :before] |= self.hidden
+        self.hidden = gone
+
     def reset(self) -> None:
         super().reset()
-        self.dropped, self.slots, self.ragged, self.group, self.shift = 0, None, False, 0, None
+        self._forget()
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
@@ -132,7 +177,7 @@ class LogicalStaticLayer(LogicalLayer, StaticLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.dropped, self.slots, self.ragged, self.group, self.shift = 0, None, False, 0, None
+        self._forget()
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)

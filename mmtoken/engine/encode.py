@@ -88,9 +88,6 @@ class EncoderCall:
         return [bit_hash(item) for item in backbone.item_pixels(self.modality, self.arguments)]
 
 
-_NOTHING_YET = "Before the tower has run there are neither keys nor attention."
-
-
 class FrameContext(Context):
     """The context of the `frames` site: nothing has been encoded yet."""
 
@@ -105,21 +102,6 @@ class FrameContext(Context):
         if self._seed is None:
             raise UnsupportedError("content_seed was not declared in `needs`.")
         return [self._seed]
-
-    def tower_attention(self, tokens: VisualTokens) -> Tensor:
-        raise UnsupportedError(_NOTHING_YET)
-
-    def tower_keys(self, tokens: VisualTokens) -> Tensor:
-        raise UnsupportedError(_NOTHING_YET)
-
-    def tower_cls(self, tokens: VisualTokens) -> Tensor | None:
-        return None
-
-    def text_attention(self, tokens: VisualTokens, layer: int) -> Tensor:
-        raise UnsupportedError(_NOTHING_YET)
-
-    def next_attention(self, tokens: VisualTokens) -> Tensor:
-        raise UnsupportedError(_NOTHING_YET)
 
 
 def choose_frames(method: Compressor, clips: list[Tensor], seeds: list[int] | None) -> list[Tensor]:

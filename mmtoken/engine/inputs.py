@@ -56,9 +56,10 @@ def compress_inputs(
         raise UnsupportedError(
             f"compress_inputs needs a model that encodes images into a prompt; this is a {backbone.name}."
         )
-    if "llm_layer" in method.sites:
+    if method.sites & {"llm_layer", "cache"}:
         raise UnsupportedError(
-            f"{type(method).__name__} acts between decoder layers, so no shorter prompt exists; use compress()."
+            f"{type(method).__name__} acts between decoder layers or on their cache, so no shorter prompt exists; use "
+            "compress()."
         )
     if not takes_encoded_images(backbone.root):
         raise UnsupportedError(

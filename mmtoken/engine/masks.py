@@ -100,15 +100,28 @@ def decode_mask(decoder: Any, stored: LogicalLayer, mask: Tensor | None, length:
         length: q.
     """
     columns = stored.columns(length) if (mask is not None or stored.ragged) else None
-    if columns is None:
-        return mask
-    if mask is not None:
-        return gather.mask_columns(mask, columns)
-    seen = (columns >= 0)[:, None, None, :].expand(-1, -1, length, -1)
+    if columns is not None and mask is not None:
+        mask = gather.mask_columns(mask, columns)
+    elif columns is not None:
+        mask = _as_mask(decoder, (columns >= 0)[:, None, None, :].expand(-1, -1, length, -1))
+    return mask if stored.hidden is None else _hide_per_head(decoder, stored.hidden, stored.stored() + length, mask)
+
+
+def _as_mask(decoder: Any, seen: Tensor) -> Tensor:
+    """A mask of the kind that the decoder's attention takes, from bool[B, H, q, k]."""
     if decoder.config._attn_implementation != "eager":
         return seen
     dtype: torch.dtype = decoder.dtype
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _hide_per_head(decoder: Any, hidden: Tensor, length: int, mask: Tensor | None) -> Tensor:
+    """A decoding mask [B, H, q, length] without the entries that are hidden, bool[B, G, n]."""
+    gone = nn.functional.pad(hidden, (0, length - hidden.shape[2]), value=False)
+    gone = gone.repeat_interleave(decoder.config.num_attention_heads // gone.shape[1], 1)[:, :, None]
+    if mask is None:
+        return _as_mask(decoder, ~gone)  # a single query sees all that is left
+    return mask.masked_fill(gone, gather.hidden_value(mask))
 
 
 def full_attention(given: Any) -> Any:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mmtoken.backbones.base import Layout, Modality
-from mmtoken.compressors.base import Context
 from mmtoken.engine import gather
-from mmtoken.engine.encode import Encoded, bit_hash
-from mmtoken.errors import InputError, UnsupportedError
+from mmtoken.engine.encode import Encoded
+from mmtoken.errors import InputError
 from mmtoken.tokens import Grid, VisualTokens, top_mask
+
+if TYPE_CHECKING:
+    from mmtoken.engine.prompt import Prompt
+    from mmtoken.engine.states import LayerStates
 
 
 @dataclass
@@ -253,9 +256,14 @@ class Prefill:
         embeds: float[B, L, D].
         dropped: bool[B, L] visual tokens that are gone.
         tokens: what is left of the items.
-        scores: per decoder layer, (attention of the last prompt token float[B, k], stored entries before, cut).
+        entered: eligible tokens per item that entered the decoder.
+        states: queries, keys and values of the layers that are read.
+        tables: rotary tables that those layers were given.
+        transitions: per (layer, module) what `Context.transition` reads: (magnitude, cosine) float32[B, n], cut.
+        memory: what the compressor wants to remember.
         layer_cut: the cut that each decoder layer ran under.
         prompt: its text (a `Prompt`), for methods that read it.
+        recorded: layers whose cache knows already what it stores.
     """
 
     items: Items
@@ -271,10 +279,15 @@ class Prefill:
     base: Cut | None = None
     input_ids: Tensor | None = None
     cache: Any = None
-    scores: dict[int, tuple[Tensor, int, Cut]] = field(default_factory=dict)
+    entered: list[int] = field(default_factory=list)
+    states: dict[int, LayerStates] = field(default_factory=dict)
+    tables: dict[int, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    transitions: dict[tuple[int, str], tuple[Tensor, Tensor, Cut]] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     layer_cut: dict[int, Cut] = field(default_factory=dict)
+    recorded: set[int] = field(default_factory=set)
     started: float = 0.0
-    prompt: Any = None
+    prompt: Prompt | None = None
 
     @property
     def last_token(self) -> Tensor:
@@ -329,82 +342,6 @@ class Prefill:
         where = tokens.valid
         changed[rows.expand_as(places)[where], places[where]] = tokens.features[where].to(hidden.dtype)
         return changed
-
-
-class CallContext(Context):
-    """The context of sites at and inside the decoder."""
-
-    tokenwise_projector = False
-
-    def __init__(self, call: Prefill, depth: int, next_scores: Any = None) -> None:
-        self.call = call
-        self.depth = depth
-        eligible = call.items.valid & ~call.items.protected
-        self.original_counts = [int(n) for n in eligible.sum(-1).tolist()]
-        self._next_scores = next_scores
-
-    def _tower_fact(self, values: Tensor | None, tokens: VisualTokens, name: str) -> Tensor:
-        if values is None:
-            raise UnsupportedError(
-                f"{name} is not known for these visual tokens: they were encoded outside the attached model, or this "
-                "model has no tower. Pass pixels, or use a method that reads features only."
-            )
-        if values.ndim == 2:
-            return values.gather(1, tokens.source)
-        return gather.rows(values, tokens.source)
-
-    def tower_attention(self, tokens: VisualTokens) -> Tensor:
-        self.scores = self._tower_fact(self.call.items.attention, tokens, "tower_attention")
-        return self.scores
-
-    def tower_keys(self, tokens: VisualTokens) -> Tensor:
-        return self._tower_fact(self.call.items.keys, tokens, "tower_keys")
-
-    def prompt_embedding(self, tokens: VisualTokens) -> Tensor:
-        mean: Tensor = self._prompt("prompt_embedding").mean(self.call.items.row_index)
-        return mean
-
-    def question_state(self, tokens: VisualTokens) -> Tensor:
-        state: Tensor = self._prompt("question_state").state(self.call.items.row_index)
-        return state
-
-    def _prompt(self, name: str) -> Any:
-        if self.call.prompt is None:
-            raise self._missing(name)
-        return self.call.prompt
-
-    def tower_cls(self, tokens: VisualTokens) -> Tensor | None:
-        # CLS features live before the projector; here tokens are behind it.
-        return None
-
-    def content_seed(self, tokens: VisualTokens) -> list[int]:
-        items = self.call.items
-        if items.seeds is not None:
-            return items.seeds
-        # Without pixels: the row's own token ids (or embeddings, which are plain table rows), and which item it is.
-        call = self.call
-        source = call.input_ids if call.input_ids is not None else call.embeds
-        seeds, ordinal, row_before = [], 0, -1
-        for row in items.rows:
-            ordinal = ordinal + 1 if row == row_before else 0
-            row_before = row
-            seeds.append((bit_hash(source[row][call.real[row]]) + ordinal * 0x9E3779B9) & 0x7FFFFFFFFFFFFFFF)
-        return seeds
-
-    def text_attention(self, tokens: VisualTokens, layer: int) -> Tensor:
-        if layer not in self.call.scores:
-            raise UnsupportedError(f"text_attention of layer {layer} was not declared by score_layers().")
-        self.scores = self._pick(tokens, *self.call.scores[layer])
-        return self.scores
-
-    def next_attention(self, tokens: VisualTokens) -> Tensor:
-        self.scores = self._pick(tokens, self._next_scores(), None, self.call.cut)
-        return self.scores
-
-    def _pick(self, tokens: VisualTokens, row_scores: Tensor, past: int | None, cut: Cut) -> Tensor:
-        stored = row_scores.shape[1] - cut.index.shape[1] if past is None else past
-        rows = self.call.items.row_index[:, None]
-        return row_scores[rows, stored + cut.rank[rows, self.call.places(tokens)]]
 
 
 def most_mass(tokens: VisualTokens, mass: Tensor, keep: int | float) -> VisualTokens:

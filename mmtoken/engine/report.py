@@ -21,10 +21,11 @@ class SiteReport:
         site: name of the site ("llm_input", ...).
         layer: tower block or decoder layer, None where the site has none.
         tokens_in, tokens_out: tokens per item before and after, separators not counted. (Inside a tower the items are
-            what attends to itself: tiles, or frames.)
-        kept: per item, int[K] original indices left, separators not counted.
+            what attends to itself: tiles, or frames. In a cache: entries per head, of the head that has most.)
+        kept: per item, int[K] original indices left, separators not counted (in a cache: left in any head).
         seconds: wall time inside the compressor, scores that it asked for included.
         scores: per item, float[N] the attention that the compressor read for each of `tokens_in`; None if it read none.
+        heads: in a cache, per item and key/value head, int[K] original indices left; None elsewhere.
     """
 
     site: str
@@ -34,11 +35,13 @@ class SiteReport:
     kept: list[Tensor] = field(repr=False)
     seconds: float
     scores: list[Tensor] | None = field(default=None, repr=False)
+    heads: list[list[Tensor]] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         scores = None if self.scores is None else [item.tolist() for item in self.scores]
-        return {**vars(self), "kept": [indices.tolist() for indices in self.kept], "scores": scores}
+        heads = None if self.heads is None else [[left.tolist() for left in item] for item in self.heads]
+        return {**vars(self), "kept": [indices.tolist() for indices in self.kept], "scores": scores, "heads": heads}
 
 
 @dataclass

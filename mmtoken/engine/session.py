@@ -23,9 +23,11 @@ from mmtoken.engine.cache import check_decoder
 from mmtoken.engine.decoder import DecoderHooks
 from mmtoken.engine.encode import Encoded, EncoderCall
 from mmtoken.engine.encoder import wrap_encoder
+from mmtoken.engine.eviction import query_module
 from mmtoken.engine.learned import check_parts
 from mmtoken.engine.prefill import Prefill
 from mmtoken.engine.prompt import Prompt, listen
+from mmtoken.engine.recorder import Recorder
 from mmtoken.engine.report import Report, SiteReport
 from mmtoken.engine.vision import VisionHooks
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
@@ -60,6 +62,7 @@ class ThreadState(threading.local):
             read it before anything is encoded.
         labels: what the forward in progress is to predict.
         aside: whether the decoder runs in the middle of another call, and no hook acts.
+        recorder: what generated tokens of earlier calls looked at, if the method asks for it.
     """
 
     made: WeakValueDictionary[str, Any]
@@ -76,6 +79,7 @@ class ThreadState(threading.local):
     asked: Prompt | None = None
     labels: Tensor | None = None
     aside: bool = False
+    recorder: Recorder | None = None
 
     def __init__(self) -> None:
         self.made = WeakValueDictionary()
@@ -110,7 +114,7 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
         if method.sites & {"vision_layer", "project", "frames"} or {"tower_attention", "tower_keys"} & method.needs:
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
     if decoder is None:
-        if method.sites & {"llm_layer", "frames"}:
+        if method.sites & {"llm_layer", "frames", "cache"}:
             raise UnsupportedError(f"{name} acts inside or before a whole model, and this is a {backbone.name}.")
         return
     if method.patchwise_projector and not (backbone.tokenwise_projector and backbone.feature_layers == 1):
@@ -127,12 +131,17 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
         raise UnsupportedError(f"{name} leaves out frames of videos, and {backbone.name} reads images only.")
     method.cut_layers(len(decoder.layers))
     method.score_layers(len(decoder.layers))
+    method.watched_layers(len(decoder.layers))
+    method.recording(len(decoder.layers))
     implementation = decoder.config._attn_implementation
     if implementation not in _ATTENTIONS:
         raise UnsupportedError(
             f"attn_implementation={implementation!r} is not supported; load the model with 'sdpa' or 'eager'."
         )
     check_decoder(decoder.config)
+    if "cache" in method.sites:
+        for number, layer in enumerate(decoder.layers):
+            query_module(layer.self_attn, number)
 
 
 class Session(AbstractContextManager["Session"]):
@@ -213,6 +222,11 @@ class Session(AbstractContextManager["Session"]):
         if not self.reports:
             raise MMTokenError("report is empty: call the model with an image or video first.")
         return self.thread.latest or self.reports[-1]
+
+    def reset(self) -> None:
+        """Forget earlier calls of this thread: a new episode or stream begins. Safe to repeat."""
+        if self.thread.recorder is not None:
+            self.thread.recorder.reset()
 
     def detach(self) -> None:
         """Take away every hook and attribute; safe to repeat."""

@@ -21,7 +21,7 @@ from mmtoken.engine.measure import note_tokens
 from mmtoken.engine.prompt import Prompt, known
 from mmtoken.engine.report import Report
 from mmtoken.engine.tower import DenseRun, PackedRun, TowerRun, restore_output
-from mmtoken.errors import MMTokenError, UnsupportedError
+from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import VisualTokens
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ class TowerContext(Context):
             values = torch.cat([values.new_zeros(values.shape[0], extra, *values.shape[2:]), values], 1)
         return values.gather(1, tokens.source) if values.ndim == 2 else gather.rows(values, tokens.source)
 
-    def tower_attention(self, tokens: VisualTokens) -> Tensor:
+    def tower_attention(self, tokens: VisualTokens, block: int | None = None, *, joint: bool = False) -> Tensor:
         self.scores = self._of(self.run.attention(), tokens)
         return self.scores
 
-    def tower_keys(self, tokens: VisualTokens) -> Tensor:
+    def tower_keys(self, tokens: VisualTokens, block: int | None = None, *, joint: bool = False) -> Tensor:
         return self.run.keys_of(tokens) if self._inside else self._of(self.run.mean_keys(), tokens)
 
     def tower_cls(self, tokens: VisualTokens) -> Tensor | None:
@@ -80,12 +80,6 @@ class TowerContext(Context):
         if self._seeds is None:
             raise UnsupportedError("content_seed was not declared in `needs`.")
         return self._seeds
-
-    def text_attention(self, tokens: VisualTokens, layer: int) -> Tensor:
-        raise MMTokenError("text_attention exists in llm_layer only; the tower does not see the text.")
-
-    def next_attention(self, tokens: VisualTokens) -> Tensor:
-        raise MMTokenError("next_attention exists in llm_layer only; the tower does not see the text.")
 
 
 class _Thread(threading.local):

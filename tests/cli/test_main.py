@@ -84,6 +84,21 @@ def test_list(capsys: Output, what: str) -> None:
     assert capsys.readouterr().out.count("\n") == len(rows) + 2
 
 
+def test_the_table_of_compressors_is_readable_and_leaves_the_rest_to_json(capsys: Output) -> None:
+    assert main(["list", "compressors"]) == 0
+    head, *table = capsys.readouterr().out.splitlines()
+    columns = head.split()
+    assert columns[:3] == ["name", "year", "arXiv"] and columns[-1] == "needs"
+    assert head.index("needs") <= 120  # all but the last column, which is not padded
+    cells = {line.split()[0]: line.split() for line in table}
+    shown = ["fastv", "2024", "2403.06764", "llm_layer", "exact", "same", "yes", "-", "-", "code", "rows"]
+    assert cells["fastv"] == [*shown, "text_attention"]
+    assert cells["divprune"][6:11] == ["-", "yes", "-", "oracle", "pairs"] and cells["random"][2] == "control"
+    assert cells["downscale"][6:8] == ["most", "-"]
+    assert main(["list", "compressors", "--json"]) == 0
+    assert {"paper", "licence", "positions", "year", "parity"} <= set(json.loads(capsys.readouterr().out)[0])
+
+
 def test_images_may_be_named_one_by_one(capsys: Output) -> None:
     assert main(["run", "--image", SCENE, "--ask", "read the number.", "--image", OTHER, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["visual_tokens"] == 128

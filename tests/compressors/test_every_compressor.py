@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from mmtoken import MMTokenError
 from mmtoken.compressors import Compressor, base
-from mmtoken.compressors.base import Budget, Need
-from mmtoken.compressors.registry import COMPRESSORS, names
+from mmtoken.compressors.base import Budget, Cost, Need, Parity
+from mmtoken.compressors.registry import COMPRESSORS
 from mmtoken.errors import InputError, KeepError
 from tests.compressors.batches import SETTINGS, act, budgets, item, lengths, make, subset
 
@@ -73,8 +73,7 @@ def test_an_item_in_a_padded_batch_is_treated_as_it_is_alone(name, sizes, seed, 
     for row, length in enumerate(sizes):
         fields = {field: getattr(tokens, field)[row : row + 1, :length] for field in ("features", "valid", "protected")}
         alone = type(tokens).from_features(**fields)
-        context_alone = context.rows([row])
-        context_alone.received, context_alone.keys = context.received[[row], :length], context.keys[[row], :length]
+        context_alone = context.rows([row], length)
         same(item(together, row), item(act(method, alone, context_alone), 0))
 
 
@@ -237,6 +236,7 @@ def test_facts_are_complete_and_of_the_declared_kinds(cls):
     assert cls.budget in get_args(Budget)
     assert cls.identity_at_full is True or (isinstance(cls.identity_at_full, str) and cls.identity_at_full)
     assert cls.needs <= set(get_args(Need))
+    assert cls.parity in get_args(Parity) and cls.cost in get_args(Cost) and 2020 <= cls.year <= 2030
     assert cls.sites and cls.sites <= set(base.SITES)
     for fact in ("merges", "size_bias", "query_agnostic", "causal", "trainable", "control"):
         assert isinstance(getattr(cls, fact), bool), fact
@@ -247,21 +247,23 @@ def test_facts_are_complete_and_of_the_declared_kinds(cls):
 @pytest.mark.parametrize("cls", COMPRESSORS, ids=lambda cls: cls.__name__)
 def test_facts_agree_with_each_other(cls):
     method = SETTINGS[cls.__name__.lower()]
-    reads_text = bool({"text_attention", "next_attention"} & cls.needs)
-    assert cls.query_agnostic != reads_text
-    assert reads_text <= ("llm_layer" in cls.sites)
-    assert ("llm_layer" in cls.sites) == bool(method.cut_layers(8))
-    assert ("text_attention" in cls.needs) == bool(method.score_layers(8))
-    assert all(cut - 1 in method.score_layers(8) for cut in method.cut_layers(8) if "text_attention" in cls.needs)
-    assert cls.control == (cls.paper == "control") and not cls.trainable
+    if {"text_attention", "next_attention", "text", "prompt", "history"} & cls.needs:
+        assert not cls.query_agnostic
+    if {"text_attention", "next_attention", "history"} & cls.needs:
+        assert "llm_layer" in cls.sites
+    if "llm_layer" not in cls.sites:
+        assert not method.cut_layers(8)
+    if "text_attention" in cls.needs:
+        assert all(cut - 1 in method.score_layers(8) for cut in method.cut_layers(8))
+    assert {"transitions"} & cls.needs == ({"transitions"} if method.watched_layers(8) else set())
+    assert ("history" in cls.needs) == (method.recording(8) is not None)
+    assert cls.control == (cls.paper == "control")
+    assert cls.cost in get_args(base.Cost) and cls.parity in get_args(base.Parity) and 2020 <= cls.year <= 2026
     required = dataclasses.fields(cls)[0].default is dataclasses.MISSING
     assert required == cls.control, "controls have no default budget, methods have the paper's"
     if not cls.control:
-        assert "arXiv" in cls.paper and cls.title.lower() == cls.__name__.lower()
-
-
-def test_all_but_downscale_are_the_plain_model_at_full_budget():
-    assert {name for name, cls in names().items() if cls.identity_at_full is not True} == {"downscale"}
+        letters = "".join(letter for letter in cls.title.lower() if letter.isalnum())
+        assert "arXiv" in cls.paper and letters.endswith(cls.__name__.lower())
 
 
 @every

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from mmtoken.compressors import Compressor, DivPrune, FastV, PyramidDrop, Random, VisionZip
-from mmtoken.compressors.registry import COMPRESSORS, facts, names, resolve
+from mmtoken.compressors.registry import COMPRESSORS, facts, facts_of, names, resolve
 from mmtoken.errors import KeepError, MMTokenError, UnknownNameError
 from mmtoken.tokens import VisualTokens
 
@@ -186,6 +186,35 @@ def test_facts_have_a_full_row_per_compressor():
     assert by_name["random"]["kind"] == "control" and by_name["tome"]["kind"] == "method"
     assert by_name["downscale"]["budget"] == "at most" and by_name["downscale"]["keep=1.0"] != "bit-identical"
     assert by_name["divprune"]["needs"] == "features only"
+    fastv = by_name["fastv"]
+    assert fastv["year"] == "2024" and fastv["parity"] == "official code" and fastv["positions"] == "keep or renumber"
+    assert by_name["downscale"]["sites"] == "prepare, llm_input"  # in the order in which a model reaches them
+    assert by_name["tome"]["cost"] == "pairs" and "CC-BY-NC" in by_name["tome"]["licence"]
+
+
+@pytest.mark.parametrize(
+    ("facts_of_class", "expected"),
+    [
+        ({}, {"streaming-legal": "yes", "sees the question": "no", "trainable": "no", "cost": "rows"}),
+        ({"causal": False}, {"streaming-legal": "no", "sees the question": "no"}),
+        ({"query_agnostic": False}, {"streaming-legal": "no", "sees the question": "yes"}),
+        ({"trainable": True, "cost": "pairs"}, {"trainable": "yes", "cost": "pairs"}),
+        (
+            {"identity_at_full": "merges always", "budget": "at_most"},
+            {"keep=1.0": "merges always", "budget": "at most"},
+        ),
+        ({"parity": "official code", "licence": "MIT"}, {"parity": "official code", "licence": "MIT"}),
+    ],
+)
+def test_a_row_says_what_the_class_says(facts_of_class, expected):
+    about = {"title": "X", "paper": "Y", "year": 2026, **facts_of_class}
+    row = facts_of("x", dataclass(frozen=True)(type("X", (Outsider,), about)))
+    assert {name: row[name] for name in expected} == expected
+
+
+def test_the_default_positions_come_first():
+    about = {"__annotations__": {"positions": str}, "positions": "renumber", "title": "", "paper": "", "year": 2026}
+    assert facts_of("x", dataclass(frozen=True)(type("X", (Outsider,), about)))["positions"] == "renumber or keep"
 
 
 def test_instances_serve_as_keys():

@@ -47,8 +47,8 @@ def test_scores_are_computed_even_if_everything_stays(name: str, cell: Cell, mon
     for kind, question in context:
         original = getattr(kind, question)
 
-        def ask(self, *args, original=original):  # type: ignore[no-untyped-def]
-            seen.append(original(self, *args))
+        def ask(self, *args, original=original, **kwargs):  # type: ignore[no-untyped-def]
+            seen.append(original(self, *args, **kwargs))
             return seen[-1]
 
         monkeypatch.setattr(kind, question, ask)
@@ -59,7 +59,7 @@ def test_scores_are_computed_even_if_everything_stays(name: str, cell: Cell, mon
 
 
 def _contexts(name: str) -> list[tuple[type, str]]:
-    from mmtoken.engine.prefill import CallContext
+    from mmtoken.engine.context import CallContext
     from mmtoken.engine.vision import TowerContext
 
     question = {

@@ -388,16 +388,17 @@ def test_scores_are_read_without_switching_the_attention_of_other_threads() -> N
             with pytest.MonkeyPatch.context() as patch:
                 from mmtoken.engine import attention
 
-                inner = attention.query_row
+                inner = attention.tapped_copy
 
-                def spy(*args: Any, **kwargs: Any) -> Tensor:
+                def spy(*args: Any, **kwargs: Any) -> Any:
+                    tapped = inner(*args, **kwargs)
                     configs = {
                         id(m.config): m.config for m in oracle.text_model(model).modules() if "config" in vars(m)
                     }
                     seen.extend(c._attn_implementation for c in configs.values())
-                    return inner(*args, **kwargs)
+                    return tapped
 
-                patch.setattr(attention, "query_row", spy)
+                patch.setattr(attention, "tapped_copy", spy)
                 return PyramidDrop.llm_layer(self, tokens, layer, ctx)
 
     with compress(model, Watch(keep=0.3)):

@@ -1,0 +1,78 @@
+"""Records what generated tokens looked at, call by call, for methods that learn from earlier calls of an episode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmtoken.compressors.base import Recording
+from mmtoken.engine.cache import LogicalLayer
+from mmtoken.engine.prefill import Prefill
+from mmtoken.engine.states import LayerStates
+
+
+class Recorder:
+    """Attention of generated tokens to the visual tokens of their prompt, of one thread.
+
+    The first generated token comes from the prompt's last row, each later one from a decoding step. A call counts once
+    it has generated as many tokens as are wanted; dropped visual tokens receive nothing.
+
+    Attributes:
+        calls: float32[I, N] of each finished call, oldest first.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.calls: list[Tensor] = []
+        self._steps: list[Tensor] = []
+        self._rows = self._columns = torch.zeros(0, dtype=torch.long)
+        self._valid = torch.zeros(0, 0, dtype=torch.bool)
+
+    def begin(self, call: Prefill) -> None:
+        """A new prompt: what the call before recorded becomes part of the history."""
+        self.finish()
+        self._rows, self._valid = call.items.row_index, call.items.valid
+        self._columns = call.items.places + call.past
+
+    def finish(self) -> None:
+        """Close the call in progress."""
+        wanted = self.recording.tokens
+        if len(self._steps) >= wanted:
+            self.calls.append(torch.stack(self._steps[-wanted:]).mean(0))
+            del self.calls[: -self.recording.calls]
+        self._steps = []
+
+    def reset(self) -> None:
+        """Forget every call: a new episode begins."""
+        self.calls, self._steps = [], []
+
+    def note_prompt(self, number: int, call: Prefill, states: LayerStates) -> None:
+        """The prompt's last row in a recorded layer."""
+        received = states.row_attention(call.last_row()[:, None])
+        left = torch.zeros_like(call.real).scatter(1, states.cut.index, states.cut.valid_mask())
+        rows, places = call.items.row_index[:, None], call.items.places
+        values = received[rows, states.past + states.cut.rank[rows, places]]
+        self._add(number, values.masked_fill(~(left[rows, places] & call.items.valid), 0.0))
+
+    def note_step(self, number: int, received: Tensor, stored: LogicalLayer) -> None:
+        """The newest token's attention float32[B, k] to what a layer stores, itself included."""
+        columns = stored.columns(0)
+        if columns is None:
+            columns = torch.arange(stored.stored(), device=received.device).expand(len(received), -1)
+        columns = columns[:, : received.shape[1]]
+        beyond = int(max(columns.max(), self._columns.max())) + 1
+        logical = received.new_zeros(len(received), beyond + 1)
+        logical.scatter_(1, columns.masked_fill(columns < 0, beyond), received[:, : columns.shape[1]])
+        logical[:, beyond] = 0.0
+        values = logical[self._rows[:, None], self._columns]
+        self._add(number, values.masked_fill(~self._valid, 0.0))
+
+    def _add(self, number: int, values: Tensor) -> None:
+        layers = self.recording.layers
+        share = values / len(layers)
+        if number == layers[0]:
+            self._steps.append(share)
+            # More steps than are wanted would only fill memory.
+            del self._steps[: -max(self.recording.tokens, 1)]
+        elif self._steps:
+            self._steps[-1] = self._steps[-1] + share

@@ -1,0 +1,1 @@
+"""What the objectives of several zoo models share."""

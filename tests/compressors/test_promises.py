@@ -1,0 +1,47 @@
+"""Which compressors promise less than the plain model at keep=1.0 and the exact budget, and why: all of them, by name.
+
+A new method that promises less fails here until it has its line.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mmtoken.compressors.registry import names
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+# One line per entry, in alphabetical order: name -> what the class says about keep=1.0.
+NOT_THE_PLAIN_MODEL: dict[str, str] = {
+    "downscale": "averages over cells, and images are re-sampled",
+}
+
+# name -> (what the class declares, why the budget cannot be met exactly).
+NO_EXACT_BUDGET: dict[str, tuple[str, str]] = {
+    "downscale": ("at_most", "a smaller grid has whole rows and columns"),
+}
+
+
+def test_all_others_are_the_plain_model_at_full_budget() -> None:
+    declared = {name: cls.identity_at_full for name, cls in names().items() if cls.identity_at_full is not True}
+    assert declared == NOT_THE_PLAIN_MODEL
+
+
+def test_all_others_meet_the_budget_exactly() -> None:
+    declared = {name: cls.budget for name, cls in names().items() if cls.budget != "exact"}
+    assert declared == {name: kind for name, (kind, _) in NO_EXACT_BUDGET.items()}
+    assert all(len(reason.split()) > 2 for _, reason in NO_EXACT_BUDGET.values())
+
+
+@pytest.mark.parametrize("entries", [NOT_THE_PLAIN_MODEL, NO_EXACT_BUDGET], ids=["identity", "budget"])
+def test_the_lists_are_sorted(entries: dict[str, object]) -> None:
+    assert list(entries) == sorted(entries)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in names().items() if cls.parity == "official code"])
+def test_parity_with_official_code_is_claimed_only_where_its_numbers_are_compared(name: str) -> None:
+    uses = re.compile(rf"\b{names()[name].__name__}\b")
+    assert any(uses.search(file.read_text()) for file in GOLDEN.glob("test_*.py"))

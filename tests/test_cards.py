@@ -1,0 +1,44 @@
+"""The cards of the compressors at the root say what the classes and results say, and their presets load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmtoken.cli.parser import Parser, add_compressor, take_compressor
+from mmtoken.compressors.registry import names, resolve
+from mmtoken.evaluation.cards import CONTROL_KEEP, contents
+
+CARDS = Path(__file__).parents[1] / "compressors"
+
+every = pytest.mark.parametrize("name", names())
+
+
+def test_every_compressor_has_a_folder_and_every_folder_a_compressor() -> None:
+    assert {place.name for place in CARDS.iterdir()} == set(names())
+
+
+@every
+def test_cards_are_generated(name: str) -> None:
+    """Out of date? Run `mmtoken list compressors --cards compressors`."""
+    for file, text in contents(name, names()[name], CARDS / name).items():
+        assert (CARDS / name / file).read_text() == text, file
+
+
+@every
+def test_folders_hold_nothing_but_their_card_preset_and_results(name: str) -> None:
+    files = {file.name for file in (CARDS / name).iterdir()}
+    assert {"README.md", "preset.yaml"} <= files <= {"README.md", "preset.yaml", "results.json"}
+
+
+@every
+def test_presets_are_the_defaults_and_load_by_the_registry_and_the_command_line(name: str) -> None:
+    cls, file = names()[name], CARDS / name / "preset.yaml"
+    default = resolve(name, keep=CONTROL_KEEP) if cls.control else cls()
+    assert resolve(yaml.safe_load(file.read_text())) == default
+    parser = Parser("test", "")
+    add_compressor(parser)
+    assert take_compressor(parser, ["--compressor", str(file)])[1] == default
+    assert take_compressor(parser, ["--compressor", str(file), "--keep", "3"])[1] == resolve(default, keep=3)
