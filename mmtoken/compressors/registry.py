@@ -7,12 +7,15 @@ import sys
 from typing import Any, get_args, overload
 
 from mmtoken.compressors.base import SITES, Compressor, Positions
+from mmtoken.compressors.bus import BUS
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.fastv import FastV
 from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.quecc import QueCC
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.trained import Trained
+from mmtoken.compressors.trips import TRIPS
 from mmtoken.compressors.visionzip import VisionZip
 from mmtoken.errors import MMTokenError, UnknownNameError, near_names
 
@@ -22,6 +25,9 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     VisionZip,
     DivPrune,
     ToMe,
+    BUS,
+    QueCC,
+    TRIPS,
     Random,
     UniformGrid,
     Downscale,
