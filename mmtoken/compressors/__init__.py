@@ -3,17 +3,22 @@
 from mmtoken.compressors.base import Compressor, Context
 from mmtoken.compressors.bus import BUS
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
+from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.fastv import FastV
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.quecc import QueCC
+from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.trained import Trained
+from mmtoken.compressors.transprune import TransPrune
 from mmtoken.compressors.trips import TRIPS
 from mmtoken.compressors.visionzip import VisionZip
+from mmtoken.compressors.vlapruner import VLAPruner
 
 __all__ = [
     "BUS",
+    "DART",
     "TRIPS",
     "Compressor",
     "Context",
@@ -23,8 +28,12 @@ __all__ = [
     "PyramidDrop",
     "QueCC",
     "Random",
+    "SparseVLM",
+    "SparseVLMPlus",
     "ToMe",
     "Trained",
+    "TransPrune",
     "UniformGrid",
+    "VLAPruner",
     "VisionZip",
 ]

@@ -78,7 +78,9 @@ class BUS(Compressor):
         if self.queries not in ("patches", "learned"):
             raise MMTokenError(f"queries={self.queries!r} is unknown; use 'patches' or 'learned'.")
         if self.queries == "learned" and not isinstance(self.keep, int):
-            raise MMTokenError(f"keep={self.keep!r}: give a count with queries='learned', which has a vector per token.")
+            raise MMTokenError(
+                f"keep={self.keep!r}: give a count with queries='learned', which has a vector per token."
+            )
         if not isinstance(self.normalise, bool):
             raise MMTokenError(f"normalise={self.normalise!r}: use True or False.")
 
@@ -218,9 +220,7 @@ class BUSParts(nn.Module):
         """
         if self.queries is not None:
             start = self.queries[: start.shape[1]].expand(len(start), -1, -1)
-        summary: Tensor = self.decoder(
-            start, everything, tgt_key_padding_mask=~valid, memory_key_padding_mask=~real
-        )
+        summary: Tensor = self.decoder(start, everything, tgt_key_padding_mask=~valid, memory_key_padding_mask=~real)
         return summary
 
 

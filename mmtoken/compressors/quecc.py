@@ -41,8 +41,8 @@ class QueCC(Compressor):
     Each token stands at the place of the patch next to its window's centre.
 
     Attributes:
-        levels: tower blocks whose outputs are keys and values; None: those behind hidden states 12, 16, 22 and 23 of 23,
-            scaled to the tower's depth.
+        levels: tower blocks whose outputs are keys and values; None: blocks 11, 15, 21 and 22 of 23 up to the one that
+            is projected, scaled to the tower's depth.
         heads: attention heads.
     """
 
@@ -69,8 +69,8 @@ class QueCC(Compressor):
         super().__post_init__()
         if not isinstance(self.keep, float):
             raise MMTokenError(
-                f"keep={self.keep!r} is a count, and windows of k x k patches leave a fraction; give 1 / k^2 as a float "
-                "(0.0625 for k = 4: 36 tokens of 24 x 24)."
+                f"keep={self.keep!r} is a count, and windows of k x k patches leave a fraction; give 1 / k^2 as a "
+                "float (0.0625 for k = 4: 36 tokens of 24 x 24)."
             )
         check_whole("heads", self.heads, lowest=1)
         if self.levels is not None:
@@ -165,7 +165,8 @@ class QueCCParts(nn.Module):
         # A window of padding attends to zeros, since softmax over nothing is not a number.
         hidden = ~(inside | ~inside.any(-1, keepdim=True)).flatten(0, 1)
         made, _ = self.attention(pooled.flatten(0, 1)[:, None], key, value, key_padding_mask=hidden, need_weights=False)
-        return made[:, 0].unflatten(0, index.shape[:2])
+        result: Tensor = made[:, 0].unflatten(0, index.shape[:2])
+        return result
 
 
 def _mlp(width_in: int, width: int) -> nn.Sequential:

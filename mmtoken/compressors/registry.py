@@ -9,14 +9,18 @@ from typing import Any, get_args, overload
 from mmtoken.compressors.base import SITES, Compressor, Positions
 from mmtoken.compressors.bus import BUS
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
+from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.fastv import FastV
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.quecc import QueCC
+from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.trained import Trained
+from mmtoken.compressors.transprune import TransPrune
 from mmtoken.compressors.trips import TRIPS
 from mmtoken.compressors.visionzip import VisionZip
+from mmtoken.compressors.vlapruner import VLAPruner
 from mmtoken.errors import MMTokenError, UnknownNameError, near_names
 
 COMPRESSORS: tuple[type[Compressor], ...] = (
@@ -28,6 +32,11 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     BUS,
     QueCC,
     TRIPS,
+    SparseVLM,
+    SparseVLMPlus,
+    DART,
+    TransPrune,
+    VLAPruner,
     Random,
     UniformGrid,
     Downscale,

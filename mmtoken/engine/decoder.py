@@ -63,7 +63,7 @@ class DecoderHooks:
         recorded = () if self.recording is None else self.recording.layers
         self.read = tuple(sorted({*self.scored, *recorded}))
         self.tapped: dict[int, int] = {}
-        self.eviction = Eviction(session, decoder)
+        self.eviction = Eviction(session, decoder, self._context)
         root = self.backbone.root
         self.separate_root = root is not decoder
         self.signature = inspect.signature(type(root).forward)
@@ -86,12 +86,12 @@ class DecoderHooks:
                 keep(decoder.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
             self._tap(undo)
             self._follow_deepstack(undo)
+        self.eviction.install(undo)
         for number in self.watched:
             layer = decoder.layers[number]
             for name, part in (("attention", layer.self_attn), ("mlp", layer.mlp)):
                 note = functools.partial(self._note_transition, number, name)
                 keep(part.register_forward_hook(note, with_kwargs=True))
-        self.eviction.install(undo)
 
     def _tap(self, undo: ExitStack) -> None:
         """Listen to the layers whose attention is read."""
@@ -276,7 +276,12 @@ class DecoderHooks:
         if not acted:
             return tokens
         if "project" in acted and not self.backbone.tokenwise_projector:
+            tower = self.backbone.tower()
+            assert tower is not None
             context = self._context(call, call.embeds)
+            context.depth, context.blocks = tower.feature_block + 1, len(tower.blocks)
+            if items.mass is not None:
+                tokens = tokens.where((items.mass > 0) | tokens.protected)
             return self.session.run_site(
                 "project", None, tokens, context, lambda t: self.compressor.project(t, lambda already: already, context)
             )
@@ -291,7 +296,9 @@ class DecoderHooks:
             tokens = tokens.replace(size=items.size)
         if acted == {"frames"}:
             return tokens.where((items.mass > 0) | tokens.protected)
-        return most_mass(tokens, items.mass, self.compressor.keep)
+        # Methods that decide how many to keep have decided already.
+        keep = 1.0 if self.compressor.budget == "adaptive" else self.compressor.keep
+        return most_mass(tokens, items.mass, keep)
 
     def plan(
         self,

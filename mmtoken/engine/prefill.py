@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from mmtoken.errors import InputError
 from mmtoken.tokens import Grid, VisualTokens, top_mask
 
 if TYPE_CHECKING:
-    from mmtoken.engine.prompt import Prompt
     from mmtoken.engine.states import LayerStates
 
 
@@ -30,8 +29,8 @@ class Items:
         places: int[I, N] positions in the row, padded with 0.
         valid, protected: bool[I, N].
         grids: per item.
-        mass, size, attention: float[I, N] or None, see `Encoded`.
-        keys: float[I, N, d] or None.
+        mass, size: float[I, N] or None, see `Encoded`.
+        tower: float[I, N, C], a fact of a tower block (see `TowerFacts.read`), or None where none are known.
         cls: float[I, D] or None.
         seeds: per item, or None.
         known: whether the encoder call was seen, so that tower facts exist.
@@ -44,8 +43,7 @@ class Items:
     grids: tuple[Grid | None, ...]
     mass: Tensor | None = None
     size: Tensor | None = None
-    attention: Tensor | None = None
-    keys: Tensor | None = None
+    tower: Callable[[Literal["attention", "keys", "features"], int | None, bool], Tensor] | None = None
     cls: Tensor | None = None
     seeds: list[int] | None = None
     known: bool = False
@@ -187,7 +185,17 @@ def _stack(
         [record.layout.protected[first : first + n] for record, _, first, n in known], batch_first=True
     ).to(places.device)
     items.mass, items.size = collect("mass"), collect("size")
-    items.attention, items.keys = collect("attention"), collect("keys")
+    if all(record.tower is not None for record, *_ in known):
+
+        @functools.cache
+        def fact(name: Literal["attention", "keys", "features"], block: int | None, joint: bool) -> Tensor:
+            parts = [
+                record.tower.read(name, block, joint)[first : first + n]  # type: ignore[union-attr]
+                for record, _, first, n in known
+            ]
+            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(places.device)
+
+        items.tower = fact
     if all(record.cls is not None and len(record.cls) == len(record.layout.counts) for record, *_ in known):
         items.cls = torch.stack([record.cls[item] for record, item, *_ in known])  # type: ignore[index]
     if all(record.seeds is not None for record, *_ in known):
@@ -262,8 +270,8 @@ class Prefill:
         transitions: per (layer, module) what `Context.transition` reads: (magnitude, cosine) float32[B, n], cut.
         memory: what the compressor wants to remember.
         layer_cut: the cut that each decoder layer ran under.
-        prompt: its text (a `Prompt`), for methods that read it.
         recorded: layers whose cache knows already what it stores.
+        prompt: its text (a `Prompt`), for methods that read it.
     """
 
     items: Items
@@ -287,7 +295,7 @@ class Prefill:
     layer_cut: dict[int, Cut] = field(default_factory=dict)
     recorded: set[int] = field(default_factory=set)
     started: float = 0.0
-    prompt: Prompt | None = None
+    prompt: Any = None
 
     @property
     def last_token(self) -> Tensor:

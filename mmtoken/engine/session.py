@@ -58,11 +58,11 @@ class ThreadState(threading.local):
         decode_mask, decode_positions: logical mask and position ids of the decoder call in progress, if it does not.
         report: the report being filled.
         latest: the last report filed.
+        recorder: what generated tokens of earlier calls looked at, if the method asks for it.
         prompt: the prompt of the forward in progress, `asked` that of the `generate` in progress; only for methods that
             read it before anything is encoded.
         labels: what the forward in progress is to predict.
         aside: whether the decoder runs in the middle of another call, and no hook acts.
-        recorder: what generated tokens of earlier calls looked at, if the method asks for it.
     """
 
     made: WeakValueDictionary[str, Any]
@@ -75,11 +75,11 @@ class ThreadState(threading.local):
     decode_positions: Tensor | None = None
     report: Report | None = None
     latest: Report | None = None
+    recorder: Recorder | None = None
     prompt: Prompt | None = None
     asked: Prompt | None = None
     labels: Tensor | None = None
     aside: bool = False
-    recorder: Recorder | None = None
 
     def __init__(self) -> None:
         self.made = WeakValueDictionary()
@@ -111,7 +111,10 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             raise UnsupportedError(
                 "visual=None but this model is a bare decoder; mark the visual positions with visual=bool[B, L]."
             )
-        if method.sites & {"vision_layer", "project", "frames"} or {"tower_attention", "tower_keys"} & method.needs:
+        if (
+            method.sites & {"vision_layer", "project", "frames"}
+            or {"tower_attention", "tower_keys", "tower_states"} & method.needs
+        ):
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
     if decoder is None:
         if method.sites & {"llm_layer", "frames", "cache"}:
@@ -140,6 +143,11 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
         )
     check_decoder(decoder.config)
     if "cache" in method.sites:
+        if method.recording(len(decoder.layers)) is not None:
+            raise UnsupportedError(
+                f"{name} records what generated tokens look at, which a cache that loses entries per head cannot tell; "
+                "leave the part out that acts on the cache."
+            )
         for number, layer in enumerate(decoder.layers):
             query_module(layer.self_attn, number)
 
