@@ -2,6 +2,7 @@
 
 from mmtoken.compressors.base import Compressor, Context
 from mmtoken.compressors.cdpruner import CDPruner
+from mmtoken.compressors.bus import BUS
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
@@ -17,19 +18,23 @@ from mmtoken.compressors.keydiff import KeyDiff
 from mmtoken.compressors.knorm import Knorm
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.snapkv import SnapKV
+from mmtoken.compressors.quecc import QueCC
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.tova import TOVA
 from mmtoken.compressors.trained import Trained
 from mmtoken.compressors.transprune import TransPrune
+from mmtoken.compressors.trips import TRIPS
 from mmtoken.compressors.visionzip import VisionZip
 from mmtoken.compressors.vispruner import VisPruner
 from mmtoken.compressors.vlapruner import VLAPruner
 
 __all__ = [
+    "BUS",
     "DART",
     "CDPruner",
     "TOVA",
+    "TRIPS",
     "Compressor",
     "Context",
     "DivPrune",
@@ -39,6 +44,7 @@ __all__ = [
     "HoloV",
     "PruMerge",
     "PyramidDrop",
+    "QueCC",
     "Random",
     "RegionMask",
     "ExpectedAttention",

@@ -242,6 +242,8 @@ class DecoderHooks:
             assert tower is not None
             context = self._context(call, call.embeds)
             context.depth, context.blocks = tower.feature_block + 1, len(tower.blocks)
+            if items.mass is not None:
+                tokens = tokens.where((items.mass > 0) | tokens.protected)
             return self.session.run_site(
                 "project", None, tokens, context, lambda t: self.compressor.project(t, lambda already: already, context)
             )
@@ -256,7 +258,9 @@ class DecoderHooks:
             tokens = tokens.replace(size=items.size)
         if acted == {"frames"}:
             return tokens.where((items.mass > 0) | tokens.protected)
-        return most_mass(tokens, items.mass, self.compressor.keep)
+        # Methods that decide how many to keep have decided already.
+        keep = 1.0 if self.compressor.budget == "adaptive" else self.compressor.keep
+        return most_mass(tokens, items.mass, keep)
 
     def plan(
         self,
