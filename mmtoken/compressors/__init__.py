@@ -5,6 +5,7 @@ from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.fastv import FastV
 from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.tokencorr import TokenCorr
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.visionzip import VisionZip
 
@@ -17,6 +18,7 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "ToMe",
+    "TokenCorr",
     "UniformGrid",
     "VisionZip",
 ]

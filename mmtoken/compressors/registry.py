@@ -11,6 +11,7 @@ from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.fastv import FastV
 from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.tokencorr import TokenCorr
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.visionzip import VisionZip
 from mmtoken.errors import MMTokenError, UnknownNameError, near_names
@@ -21,6 +22,7 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     VisionZip,
     DivPrune,
     ToMe,
+    TokenCorr,
     Random,
     UniformGrid,
     Downscale,

@@ -359,5 +359,6 @@ def prumerge32(
 
 
 def _check_number(field: str, value: object, lowest: float, highest: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and lowest <= value <= highest):  # type: ignore[arg-type,operator]
         raise MMTokenError(f"{field}={value!r} is out of range; give a number from {lowest} to {highest}.")
