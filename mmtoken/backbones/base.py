@@ -30,7 +30,7 @@ class Tower:
         heads: attention heads.
         packed: whether patches of all images form one sequence [S, D] (Qwen) instead of [tiles, patches, D].
         attention: attribute of a block that holds its attention.
-        queries, keys: attributes of the attention that project queries and keys; the same name if fused with values.
+        queries, keys, values: attributes of the attention that project them; the same name if they are fused.
         mergers: modules that turn a packed sequence into projected tokens.
         window: side of an attention window in projected tokens, None without window attention.
     """
@@ -45,6 +45,7 @@ class Tower:
     attention: str = "self_attn"
     queries: str = "q_proj"
     keys: str = "k_proj"
+    values: str = "v_proj"
     mergers: tuple[nn.Module, ...] = ()
     window: int | None = None
 
@@ -104,6 +105,12 @@ class Backbone(ABC):
     def projector(self) -> nn.Module | None:
         """The module that maps patches to the decoder's width; only needed where `tokenwise_projector` holds."""
         return None
+
+    @property
+    def feature_layers(self) -> int:
+        """How many tower layers the projector reads side by side."""
+        layers = getattr(self.model.config, "vision_feature_layer", None)
+        return len(layers) if isinstance(layers, list | tuple) else 1
 
     def placeholder_ids(self, modality: Modality) -> int:
         """The token id that marks the place of visual tokens in the prompt."""

@@ -23,6 +23,7 @@ from mmtoken.engine.flops import DecoderShape
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber
 from mmtoken.engine.prefill import Cut, Items, Prefill, check_placeholders, locate, most_mass, number_crops
+from mmtoken.engine.prompt import placeholders, prompt_of
 from mmtoken.engine.recorder import Recorder
 from mmtoken.engine.states import LayerStates
 from mmtoken.errors import InputError, UnsupportedError
@@ -62,7 +63,7 @@ class DecoderHooks:
         recorded = () if self.recording is None else self.recording.layers
         self.read = tuple(sorted({*self.scored, *recorded}))
         self.tapped: dict[int, int] = {}
-        self.eviction = Eviction(session, decoder)
+        self.eviction = Eviction(session, decoder, self._context)
         root = self.backbone.root
         self.separate_root = root is not decoder
         self.signature = inspect.signature(type(root).forward)
@@ -85,12 +86,12 @@ class DecoderHooks:
                 keep(decoder.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
             self._tap(undo)
             self._follow_deepstack(undo)
+        self.eviction.install(undo)
         for number in self.watched:
             layer = decoder.layers[number]
             for name, part in (("attention", layer.self_attn), ("mlp", layer.mlp)):
                 note = functools.partial(self._note_transition, number, name)
                 keep(part.register_forward_hook(note, with_kwargs=True))
-        self.eviction.install(undo)
 
     def _tap(self, undo: ExitStack) -> None:
         """Listen to the layers whose attention is read."""
@@ -135,15 +136,8 @@ class DecoderHooks:
             return
         state.encoded = encoded_by(outputs, state.made)
         state.input_ids = ids = call.get("input_ids")
-        state.visual = {}
+        state.visual = placeholders(self.session, ids, call.get("inputs_embeds"))
         for modality in self.backbone.modalities:
-            token = self.backbone.placeholder_ids(modality)
-            if ids is not None:
-                state.visual[modality] = ids == token
-            else:
-                embeds = call["inputs_embeds"]
-                placeholder = self.session.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-                state.visual[modality] = (embeds == placeholder).all(-1)
             if modality in state.encoded:
                 check_placeholders(state.visual[modality], state.encoded[modality])
 
@@ -170,6 +164,8 @@ class DecoderHooks:
         return found if found is not None and any(bool(mask.any()) for mask in found.values()) else None
 
     def _decoder_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        if self.thread.aside:
+            return None
         # Hooks do not run after a KeyboardInterrupt, so what an aborted call left is taken away here.
         self.thread.prefill = self.thread.decode_mask = self.thread.decode_positions = None
         attention.listen(None)
@@ -217,6 +213,7 @@ class DecoderHooks:
             input_ids=state.input_ids,
         )
         state.prefill = call
+        call.prompt = prompt_of(self.session, call)
         start_report(self.session, call, self.shape, encoded)
         call.embeds, keep = self._decide(call)
         call.entered = call.tokens.counts()
@@ -280,7 +277,10 @@ class DecoderHooks:
         if not acted:
             return tokens
         if "project" in acted and not self.backbone.tokenwise_projector:
+            tower = self.backbone.tower()
+            assert tower is not None
             context = self._context(call, call.embeds)
+            context.depth, context.blocks = tower.feature_block + 1, len(tower.blocks)
             return self.session.run_site(
                 "project", None, tokens, context, lambda t: self.compressor.project(t, lambda already: already, context)
             )
@@ -338,6 +338,7 @@ class DecoderHooks:
             dropped=~everything,
             input_ids=input_ids,
         )
+        call.prompt = prompt_of(self.session, call)
         embeds, keep = self._decide(call)
         self.session.take_report()
         return call, embeds, keep
@@ -508,6 +509,8 @@ class DecoderHooks:
             self.thread.report.listening_seconds += self.session.clock() - started
 
     def _decoder_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.thread.aside:
+            return None
         call = self.thread.prefill
         attention.listen(None)
         self.thread.prefill = None

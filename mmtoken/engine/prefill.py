@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmtoken.backbones.base import Backbone
+from mmtoken.backbones.base import Backbone, Layout, Modality
 from mmtoken.engine import gather
 from mmtoken.engine.encode import Encoded
 from mmtoken.errors import InputError
@@ -29,8 +29,8 @@ class Items:
         places: int[I, N] positions in the row, padded with 0.
         valid, protected: bool[I, N].
         grids: per item.
-        mass, size, attention: float[I, N] or None, see `Encoded`.
-        keys: float[I, N, d] or None.
+        mass, size: float[I, N] or None, see `Encoded`.
+        tower: float[I, N, C], a fact of a tower block (see `TowerFacts.read`), or None where none are known.
         cls: float[I, D] or None.
         seeds: per item, or None.
         known: whether the encoder call was seen, so that tower facts exist.
@@ -45,8 +45,7 @@ class Items:
     grids: tuple[Grid | None, ...]
     mass: Tensor | None = None
     size: Tensor | None = None
-    attention: Tensor | None = None
-    keys: Tensor | None = None
+    tower: Callable[[Literal["attention", "keys", "features"], int | None, bool], Tensor] | None = None
     cls: Tensor | None = None
     seeds: list[int] | None = None
     known: bool = False
@@ -100,7 +99,7 @@ def locate(visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> Item
         check_placeholders(mask, record)
         total = sum(record.layout.counts)
         start = 0
-        for row, item, first in _assign(per_row, record.layout.counts, len(where) // total, modality):
+        for row, item, first in assign(per_row, record.layout.counts, len(where) // total, modality):
             count = record.layout.counts[item]
             rows.append(row)
             spans.append(where[start : start + count, 1])
@@ -141,9 +140,13 @@ def check_placeholders(mask: Tensor, record: Encoded) -> None:
     Raises:
         InputError: they do not fit.
     """
-    count, total = int(mask.sum()), sum(record.layout.counts)
+    check_counts(mask, record.modality, record.layout)
+
+
+def check_counts(mask: Tensor, kind: Modality, layout: Layout) -> None:
+    """The same, where only the layout of what is encoded is known."""
+    count, total, items = int(mask.sum()), sum(layout.counts), len(layout.counts)
     if count and (not total or count % total):
-        kind, items = record.modality, len(record.layout.counts)
         raise InputError(
             f"input_ids has {count} {kind} tokens but the {items} {kind}s give {total} features; the prompt must hold "
             f"one placeholder per feature (truncated prompt, or more {kind}s than placeholders?)."
@@ -157,7 +160,7 @@ def _runs(where: Tensor) -> list[tuple[int, Tensor]]:
     return [(int(part[0, 0]), part[:, 1]) for part in where.tensor_split(breaks.cpu())]
 
 
-def _assign(per_row: list[int], counts: list[int], copies: int, modality: str) -> list[tuple[int, int, int]]:
+def assign(per_row: list[int], counts: list[int], copies: int, modality: str) -> list[tuple[int, int, int]]:
     """(row, item, first token of the item) for every row; beams repeat each row `copies` times in a row."""
     assigned: list[tuple[int, int, int]] = []
     item = first = 0
@@ -210,7 +213,17 @@ def _stack(
     ]
     items.crops = torch.nn.utils.rnn.pad_sequence(crops, batch_first=True).to(places.device)
     items.cropped = items.crops.any(-1).tolist()
-    items.attention, items.keys = collect("attention"), collect("keys")
+    if all(record.tower is not None for record, *_ in known):
+
+        @functools.cache
+        def fact(name: Literal["attention", "keys", "features"], block: int | None, joint: bool) -> Tensor:
+            parts = [
+                record.tower.read(name, block, joint)[first : first + n]  # type: ignore[union-attr]
+                for record, _, first, n in known
+            ]
+            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(places.device)
+
+        items.tower = fact
     if all(record.cls is not None and len(record.cls) == len(record.layout.counts) for record, *_ in known):
         items.cls = torch.stack([record.cls[item] for record, item, *_ in known])  # type: ignore[index]
     if all(record.seeds is not None for record, *_ in known):
@@ -286,6 +299,7 @@ class Prefill:
         memory: what the compressor wants to remember.
         layer_cut: the cut that each decoder layer ran under.
         recorded: layers whose cache knows already what it stores.
+        prompt: its text (a `Prompt`), for methods that read it.
     """
 
     items: Items
@@ -309,6 +323,7 @@ class Prefill:
     layer_cut: dict[int, Cut] = field(default_factory=dict)
     recorded: set[int] = field(default_factory=set)
     started: float = 0.0
+    prompt: Any = None
 
     @property
     def last_token(self) -> Tensor:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmtoken.compressors import (
+    DART,
     Compressor,
     Context,
     DivPrune,
@@ -19,23 +20,32 @@ from mmtoken.compressors import (
     PyramidDrop,
     Random,
     TokenCorr,
+    SparseVLM,
+    SparseVLMPlus,
     ToMe,
+    TransPrune,
     UniformGrid,
     VisionZip,
+    VLAPruner,
 )
 from mmtoken.compressors.base import CacheEntry, Rows, States, TextTokens, TowerStates, Transition
 from mmtoken.tokens import VisualTokens, pick_rows
 
 SETTINGS: dict[str, Compressor] = {
+    "dart": DART(keep=0.4),
     "divprune": DivPrune(keep=0.4),
     "downscale": Downscale(keep=0.4),
     "fastv": FastV(keep=0.4),
     "pyramiddrop": PyramidDrop(keep=0.4),
     "random": Random(keep=0.4),
     "tokencorr": TokenCorr(keep=0.4, tau_s=0.5),
+    "sparsevlm": SparseVLM(keep=0.4),
+    "sparsevlmplus": SparseVLMPlus(keep=0.4),
     "tome": ToMe(keep=0.4),
+    "transprune": TransPrune(keep=0.4),
     "uniformgrid": UniformGrid(keep=0.4),
     "visionzip": VisionZip(keep=0.4),
+    "vlapruner": VLAPruner(keep=0.4),
 }
 """Every compressor of the library, with a budget that cuts."""
 
