@@ -633,7 +633,9 @@ class DecoderHooks:
 def _prompt_tokens(items: Items, embeds: Tensor) -> VisualTokens:
     features = embeds[items.row_index[:, None], items.places]
     tokens = VisualTokens.from_features(features, valid=items.valid, protected=items.protected, grid=items.grids)
-    return tokens if items.crops is None else tokens.replace(item=torch.where(items.crops > 0, items.crops, tokens.item))
+    return (
+        tokens if items.crops is None else tokens.replace(item=torch.where(items.crops > 0, items.crops, tokens.item))
+    )
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:

@@ -92,7 +92,10 @@ def test_onevision_crops_that_the_model_scales_down_keep_their_numbers():
         ("single", [(1, True), (2, True), (0, True)]),
         ("multi_image", [(1, True), (2, True), (0, True)] * 3),
         # 2 x 2 crops, a picture that is not split, and one above another.
-        ("padded_ragged", [(1, True), (2, True), (3, True), (4, True), (0, True), (0, False), (1, True), (2, True), (0, True)]),
+        (
+            "padded_ragged",
+            [(1, True), (2, True), (3, True), (4, True), (0, True), (0, False), (1, True), (2, True), (0, True)],
+        ),
         ("text_row", [(1, True), (2, True), (0, True)]),
     ],
 )

@@ -195,6 +195,8 @@ def crop_by_loop(method: TokenCorr, deep, low, keys, features, seed: int) -> dic
         draw = sorted(range(count), key=lambda i: -noisy[i])
     kept = out + [i for i in draw[:drawn] if i not in out]
     most = max(1, math.floor(method.keep * count + 0.5)) if isinstance(method.keep, float) else method.keep
+    extra = method.aggregate == "prumerge32" and most > 1
+    most = most - 1 if extra and most < count else most
     kept = kept[:most]
     for i in by_deep:
         if len(kept) < min(method.n_min, most) and i not in kept:
@@ -214,7 +216,7 @@ def crop_by_loop(method: TokenCorr, deep, low, keys, features, seed: int) -> dic
         for i in kept:
             near = sorted((j for j in range(count) if j != i), key=lambda j: -cosine(keys[i], keys[j]))[:32]
             result[i] = ((x[i] + sum((float(deep[j]) * x[j] for j in near), torch.zeros(4))).tolist(), 1)
-        if dropped:
+        if dropped and extra:
             place = max(dropped, key=lambda j: (float(deep[j]), -j))
             result[place] = (sum(float(deep[j]) * x[j] for j in dropped).tolist(), len(dropped))
     return result
@@ -229,6 +231,8 @@ METHODS = {
     "drawn": TokenCorr(sampling="multinomial", tau_s=0.7, seed=5),
     "untouched": TokenCorr(aggregate="none", tau_s=0.8),
     "prumerge": TokenCorr(aggregate="prumerge32", tau_s=0.8),
+    "prumerge-bounded": TokenCorr(keep=0.3, aggregate="prumerge32"),
+    "prumerge-one": TokenCorr(keep=1, aggregate="prumerge32"),
 }
 
 
@@ -318,6 +322,17 @@ def test_a_picture_that_is_not_cut_is_compressed():
     assert act_on(TokenCorr(tau_s=0.5), tokens, context).counts() == [30]
 
 
+@pytest.mark.parametrize("aggregate", ["none", "nearest_mean", "prumerge32"])
+@settings(deadline=None, max_examples=25)
+@given(count=st.integers(1, 40), keep=st.one_of(st.integers(1, 40), st.floats(0.01, 1.0)), seed=st.integers(0, 999))
+def test_keep_is_an_upper_bound_that_counts_everything(aggregate, count, keep, seed):
+    tokens, context = pages([[count]], seed)
+    left = act_on(TokenCorr(keep=keep, aggregate=aggregate, tau_s=1.0), tokens, context).counts()
+    assert 1 <= left[0] <= tokens.budget(keep)[0]
+    if aggregate != "prumerge32":
+        assert left == tokens.budget(keep)  # nothing is redundant, so the bound decides
+
+
 def test_drawing_depends_on_content_crop_and_seed_and_on_nothing_else():
     tokens, context = pages([[40, 30, 30], [40, 30, 30]], 6)
     method = TokenCorr(sampling="multinomial", tau_s=0.9, aggregate="none", factor=50.0)
@@ -362,7 +377,7 @@ def test_both_readings_of_where_it_sits(reading, tokenwise, projected):
 
     method = TokenCorr(tau_s=0.7, reading=reading)
     left = method.project(tokens, square, context)
-    patches = act_on(method if not tokenwise or reading != "outputs" else method, tokens, context)
+    patches = act_on(replace(method, reading="auto"), tokens, context)
     assert torch.equal(left.source, patches.source)
     if projected == "after":
         assert seen == [left.features.shape[1]]
