@@ -19,6 +19,7 @@ from mmtoken.compressors.knorm import Knorm
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.snapkv import SnapKV
 from mmtoken.compressors.quecc import QueCC
+from mmtoken.compressors.tokencorr import TokenCorr
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.tova import TOVA
@@ -57,6 +58,7 @@ __all__ = [
     "SparseVLM",
     "SparseVLMPlus",
     "ToMe",
+    "TokenCorr",
     "Trained",
     "TransPrune",
     "UniformGrid",

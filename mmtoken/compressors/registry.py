@@ -25,6 +25,7 @@ from mmtoken.compressors.knorm import Knorm
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.snapkv import SnapKV
 from mmtoken.compressors.quecc import QueCC
+from mmtoken.compressors.tokencorr import TokenCorr
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.tova import TOVA
@@ -50,6 +51,7 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     BUS,
     QueCC,
     TRIPS,
+    TokenCorr,
     SparseVLM,
     SparseVLMPlus,
     DART,

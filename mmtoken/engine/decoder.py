@@ -23,7 +23,7 @@ from mmtoken.engine.flops import DecoderShape
 from mmtoken.engine.listening import Listening
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber
-from mmtoken.engine.prefill import Cut, Items, Prefill, check_placeholders, locate, most_mass
+from mmtoken.engine.prefill import Cut, Items, Prefill, check_placeholders, locate, most_mass, number_crops
 from mmtoken.engine.prompt import placeholders, prompt_of
 from mmtoken.errors import InputError, UnsupportedError
 from mmtoken.tokens import VisualTokens
@@ -170,6 +170,7 @@ class DecoderHooks:
         cache = self._logical_cache(kwargs)
         encoded = state.encoded or {}
         items = locate(visual, encoded)
+        number_crops(items, self.backbone, state.input_ids)
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = (torch.arange(length, device=embeds.device) + past)[None]
@@ -288,6 +289,7 @@ class DecoderHooks:
         for output in outputs.values():
             forget(output)
         items = locate(visual, encoded)
+        number_crops(items, self.backbone, input_ids)
         everything = torch.ones_like(input_ids, dtype=torch.bool)
         call = Prefill(
             items=items,
@@ -465,7 +467,10 @@ class DecoderHooks:
 
 def _prompt_tokens(items: Items, embeds: Tensor) -> VisualTokens:
     features = embeds[items.row_index[:, None], items.places]
-    return VisualTokens.from_features(features, valid=items.valid, protected=items.protected, grid=items.grids)
+    tokens = VisualTokens.from_features(features, valid=items.valid, protected=items.protected, grid=items.grids)
+    return (
+        tokens if items.crops is None else tokens.replace(item=torch.where(items.crops > 0, items.crops, tokens.item))
+    )
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:
