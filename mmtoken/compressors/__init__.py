@@ -5,6 +5,7 @@ from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.flowcut import FlowCut, FlowCutHR
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
@@ -20,6 +21,8 @@ __all__ = [
     "DivPrune",
     "Downscale",
     "FastV",
+    "FlowCut",
+    "FlowCutHR",
     "PyramidDrop",
     "Random",
     "SparseVLM",

@@ -11,6 +11,7 @@ from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.flowcut import FlowCut, FlowCutHR
 from mmtoken.compressors.pyramiddrop import PyramidDrop
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
 from mmtoken.compressors.tome import ToMe
@@ -31,6 +32,8 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     DART,
     TransPrune,
     VLAPruner,
+    FlowCut,
+    FlowCutHR,
     Random,
     UniformGrid,
     Downscale,

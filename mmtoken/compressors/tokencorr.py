@@ -315,7 +315,9 @@ def nearest_mean(
     owner = nearest(keys, kept, dropped)
     weight = attention.float().clamp(min=_LEAST_WEIGHT)
     own = weight[kept]
-    total = (own[:, None] * features[kept].float()).index_add(0, owner, weight[dropped, None] * features[dropped].float())
+    total = (own[:, None] * features[kept].float()).index_add(
+        0, owner, weight[dropped, None] * features[dropped].float()
+    )
     mass = own.index_add(0, owner, weight[dropped])
     joined = torch.zeros(len(kept), dtype=torch.bool, device=features.device).index_fill(0, owner, True)
     merged = torch.where(joined[:, None], (total / mass[:, None]).to(features.dtype), features[kept])

@@ -294,7 +294,7 @@ class DecoderHooks:
             tokens = tokens.replace(size=items.size)
         if acted == {"frames"}:
             return tokens.where((items.mass > 0) | tokens.protected)
-        return most_mass(tokens, items.mass, self.compressor.keep)
+        return most_mass(tokens, items.mass, self.compressor.encoder_keep())
 
     def plan(
         self,
