@@ -11,6 +11,7 @@ import torch
 from tests.golden import (
     test_dycoke,
     test_fastv,
+    test_flowcut,
     test_prumerge,
     test_pyramiddrop,
     test_sparsevlm,
@@ -24,6 +25,7 @@ from tests.golden.case import EXPECTED, HOME, GoldenCase, find_cases
 MODULES = (
     test_dycoke,
     test_fastv,
+    test_flowcut,
     test_prumerge,
     test_pyramiddrop,
     test_sparsevlm,
