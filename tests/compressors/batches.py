@@ -12,20 +12,26 @@ from torch import Tensor
 
 from mmtoken.compressors import (
     DART,
+    TOVA,
     CDPruner,
     Compressor,
     Context,
     DivPrune,
     Downscale,
     DyCoke,
+    ExpectedAttention,
     FastV,
     HoloV,
+    KeyDiff,
+    Knorm,
     PruMerge,
     PyramidDrop,
     Random,
     RegionMask,
+    SnapKV,
     SparseVLM,
     SparseVLMPlus,
+    TokenCorr,
     ToMe,
     TransPrune,
     UniformGrid,
@@ -48,6 +54,7 @@ SETTINGS: dict[str, Compressor] = {
     "pyramiddrop": PyramidDrop(keep=0.4),
     "random": Random(keep=0.4),
     "regionmask": RegionMask(),
+    "tokencorr": TokenCorr(keep=0.4, tau_s=0.5),
     "sparsevlm": SparseVLM(keep=0.4),
     "sparsevlmplus": SparseVLMPlus(keep=0.4),
     "tome": ToMe(keep=0.4),
@@ -56,6 +63,11 @@ SETTINGS: dict[str, Compressor] = {
     "visionzip": VisionZip(keep=0.4),
     "vispruner": VisPruner(keep=0.4),
     "vlapruner": VLAPruner(keep=0.4),
+    "expectedattention": ExpectedAttention(keep=0.4),
+    "keydiff": KeyDiff(keep=0.4),
+    "knorm": Knorm(keep=0.4),
+    "snapkv": SnapKV(keep=0.4),
+    "tova": TOVA(keep=0.4),
 }
 """Every compressor of the library, with a budget that cuts."""
 
@@ -101,6 +113,10 @@ class Given(Context):
     learned: Any = None
     memory: dict[str, Any] = field(default_factory=dict)
     asked: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> list[int]:
+        return [1] * len(self.original_counts)
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         return self.seeds
