@@ -256,7 +256,7 @@ def test_shares_and_layers_must_fit():
         TransPrune(layers=(2, 4), shares=(0.5, 0.25, 0.125))
     with pytest.raises(MMTokenError, match="3 stages but layers"):
         TransPrune(shares=(0.5, 0.25, 0.125)).cut_layers(4)  # three of the paper's layers are two here
-    with pytest.raises(MMTokenError, match="keep=0.5 but shares"):
+    with pytest.raises(MMTokenError, match=r"keep=0\.5 but shares"):
         TransPrune(keep=0.5, shares=(0.5, 0.25))
-    with pytest.raises(MMTokenError, match="alpha=0.4 has no place"):
+    with pytest.raises(MMTokenError, match=r"alpha=0\.4 has no place"):
         TransPrune(variant="repo", alpha=0.4)
