@@ -83,7 +83,7 @@ class QueCC(Compressor):
     @property
     def kernel(self) -> int:
         """k, the side of a window."""
-        return math.ceil(self.keep**-0.5 - 1e-9)
+        return math.ceil(float(self.keep) ** -0.5 - 1e-9)
 
     def tower_layers(self, depth: int, blocks: int) -> tuple[int, ...]:
         if self.levels is None:
