@@ -21,6 +21,7 @@ from mmtoken.compressors import (
     BUS,
     TOVA,
     TRIPS,
+    TOVA,
     CDPruner,
     Compressor,
     DivPrune,
