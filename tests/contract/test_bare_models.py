@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtoken import compress
 from tests import oracle
-from tests.contract.matrix import COMPRESSORS, assert_close, tiny
+from tests.contract.matrix import COMPRESSORS, assert_close, compress, tiny
 from tests.contract.reference import given_prompts, kept_by_layer, masked_per_call, recording, with_merged
 
 pytestmark = pytest.mark.lowest
