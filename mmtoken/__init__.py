@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmtoken.engine.inputs import compress_inputs
+    from mmtoken.engine.learned import learnable
     from mmtoken.engine.report import Report
     from mmtoken.engine.session import Session, attach, attached, check, compress
     from mmtoken.errors import MMTokenError
@@ -38,6 +39,7 @@ _HOMES = {
     "check": "mmtoken.engine.session",
     "compress": "mmtoken.engine.session",
     "compress_inputs": "mmtoken.engine.inputs",
+    "learnable": "mmtoken.engine.learned",
     "list_models": "mmtoken.hub",
     "load": "mmtoken.hub",
     "save": "mmtoken.hub",
@@ -53,6 +55,7 @@ __all__ = [
     "check",
     "compress",
     "compress_inputs",
+    "learnable",
     "list_models",
     "load",
     "save",

@@ -19,6 +19,8 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -29,9 +31,11 @@ from transformers import (
 )
 
 from mmtoken import __version__
-from mmtoken.backbones.registry import check_model_type
+from mmtoken.backbones.registry import adapt, check_model_type
 from mmtoken.compressors.base import Compressor
 from mmtoken.compressors.registry import resolve
+from mmtoken.compressors.trained import Trained
+from mmtoken.engine.learned import empty
 from mmtoken.engine.session import attach, attached
 from mmtoken.errors import CheckpointError, MMTokenError, UnsupportedError, near_names
 from mmtoken.models.registry import DEFAULT, ZooModel, find_model, list_models
@@ -41,6 +45,9 @@ __all__ = ["COMPRESSOR_FILE", "ZooModel", "list_models", "load", "save", "skelet
 
 COMPRESSOR_FILE = "mmtoken_compressor.json"
 """Beside a model's config: {"schema_version", "mmtoken_version", "class_path", "init_args"}."""
+
+PARTS_FILE = "mmtoken_compressor.safetensors"
+"""Beside that file, if the compressor has learned parts: their weights."""
 
 SCHEMA_VERSION = 1
 
@@ -52,7 +59,7 @@ _logger = logging.getLogger(__name__)
 def load(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
-    compressor: Compressor | str | dict[str, Any] | None = None,
+    compressor: Compressor | Trained | str | dict[str, Any] | None = None,
     **hf_kwargs: Any,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A vision-language model, ready to generate, and its processor.
@@ -73,7 +80,8 @@ def load(
     _check_family(source, options)
     with _readable(source):
         AutoConfig.from_pretrained(source, **_fetching(options))  # refuses code and settings out of range early
-    chosen = _saved_compressor(source, options) if compressor is None else resolve(compressor)
+    chosen = None if compressor is None else resolve(compressor)
+    saved = _saved_compressor(source, options) if compressor is None else None
     _refuse_pickles(source)
     with _readable(source):
         # With output_loading_info a pair comes back, which its annotation does not say.
@@ -97,6 +105,8 @@ def load(
         )
     processor = _processor(source, options)
     model.eval()
+    if saved is not None:
+        chosen = _with_parts(model, saved, source, options) if saved.trainable else saved
     if chosen is not None:
         attach(model, chosen)
     return model, processor
@@ -213,7 +223,7 @@ def _readable(source: str) -> Iterator[None]:
 
 def _refuse_pickles(source: str) -> None:
     folder = Path(source)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+    if not folder.is_dir() or any(path.name != PARTS_FILE for path in folder.glob("*.safetensors")):
         return
     pickles = sorted(
         path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(pattern)
@@ -230,10 +240,8 @@ def _saved_compressor(source: str, options: dict[str, Any]) -> Compressor | None
     """What `save` wrote beside the model, None if nothing."""
     file = Path(source) / COMPRESSOR_FILE
     if not Path(source).is_dir():
-        fetching = {name: value for name, value in _fetching(options).items() if name in _DOWNLOAD}
         try:
-            with _readable(source):
-                file = Path(hf_hub_download(source, COMPRESSOR_FILE, **fetching))
+            file = _fetch(source, COMPRESSOR_FILE, options)
         except CheckpointError as error:
             if not isinstance(error.__cause__, EntryNotFoundError):
                 raise
@@ -257,9 +265,40 @@ def _saved_compressor(source: str, options: dict[str, Any]) -> Compressor | None
             f"{file} has schema_version={schema!r}, this mmtoken reads {SCHEMA_VERSION}; upgrade mmtoken."
         )
     try:
-        return resolve(spec)
+        method: Compressor = resolve(spec)
     except MMTokenError as error:
         raise type(error)(f"{file}: {error}") from error
+    return method
+
+
+def _fetch(source: str, name: str, options: dict[str, Any]) -> Path:
+    """A file of a repository on the hub."""
+    fetching = {key: value for key, value in _fetching(options).items() if key in _DOWNLOAD}
+    with _readable(source):
+        return Path(hf_hub_download(source, name, **fetching))
+
+
+def _with_parts(model: PreTrainedModel, saved: Compressor, source: str, options: dict[str, Any]) -> Trained:
+    """The learned parts that `save` wrote beside the compressor file."""
+    folder = Path(source)
+    file = folder / PARTS_FILE if folder.is_dir() else _fetch(source, PARTS_FILE, options)
+    if not file.is_file():
+        raise CheckpointError(
+            f"model={source!r} was saved with a {type(saved).__name__}, but {PARTS_FILE} with its learned parts is "
+            f"missing; fetch or save it again, or delete {COMPRESSOR_FILE} to load the model alone."
+        )
+    trained = empty(model, saved)
+    try:
+        trained.module.load_state_dict(load_file(file), assign=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise CheckpointError(
+            f"{file} cannot be loaded as the learned parts of a {type(saved).__name__} ({reason}); fetch or save it "
+            "again."
+        ) from error
+    tower = adapt(model).tower()
+    assert tower is not None
+    return trained.to(next(tower.module.parameters()).device).eval()
 
 
 def save(
@@ -269,7 +308,8 @@ def save(
     processor: ProcessorMixin | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model, the compressor attached to it and its processor to a folder that `load` reads.
+    """Write a model, the compressor attached to it (learned parts included) and its processor to a folder that `load`
+    reads.
 
     The folder appears whole or not at all. Returns it.
 
@@ -300,6 +340,9 @@ def save(
             processor.save_pretrained(whole)
         if record is not None:
             (whole / COMPRESSOR_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        if session is not None and session.trained is not None:
+            parts = session.trained.module.state_dict()
+            save_file({name: value.detach().cpu().contiguous() for name, value in parts.items()}, whole / PARTS_FILE)
     return target
 
 

@@ -22,7 +22,8 @@ ALLOWED = {
     "backbones": {"errors", "tokens"},
     "engine": {"errors", "tokens", "compressors", "backbones"},
     "datasets": {"errors", "tokens"},
-    "models": {"errors", "tokens", "wholefile", "datasets", "engine"},
+    "training": {"errors", "tokens", "datasets"},
+    "models": {"errors", "tokens", "wholefile", "datasets", "engine", "training"},
     "hub": {"errors", "wholefile", "backbones", "compressors", "engine", "models"},
     "evaluation": {"errors", "tokens", "wholefile", "compressors", "backbones", "engine", "datasets", "models", "hub"},
 }

@@ -30,7 +30,7 @@ class Tower:
         heads: attention heads.
         packed: whether patches of all images form one sequence [S, D] (Qwen) instead of [tiles, patches, D].
         attention: attribute of a block that holds its attention.
-        queries, keys: attributes of the attention that project queries and keys; the same name if fused with values.
+        queries, keys, values: attributes of the attention that project them; the same name if they are fused.
         mergers: modules that turn a packed sequence into projected tokens.
         window: side of an attention window in projected tokens, None without window attention.
     """
@@ -45,6 +45,7 @@ class Tower:
     attention: str = "self_attn"
     queries: str = "q_proj"
     keys: str = "k_proj"
+    values: str = "v_proj"
     mergers: tuple[nn.Module, ...] = ()
     window: int | None = None
 
@@ -57,11 +58,14 @@ class Layout:
         counts: tokens per item, separators included.
         grids: (frames, rows, columns) per item, None where its tokens are not one grid.
         protected: bool[sum(counts)], separators such as newline tokens.
+        crops: int[sum(counts)], for each token of a picture that is cut into crops the number of its crop (1, 2, ... in
+            reading order), 0 for its thumbnail and for pictures that are not cut; None: the call does not tell.
     """
 
     counts: list[int]
     grids: tuple[Grid | None, ...]
     protected: Tensor
+    crops: Tensor | None = None
 
 
 class Backbone(ABC):
@@ -102,6 +106,12 @@ class Backbone(ABC):
         """The module that maps patches to the decoder's width; only needed where `tokenwise_projector` holds."""
         return None
 
+    @property
+    def feature_layers(self) -> int:
+        """How many tower layers the projector reads side by side."""
+        layers = getattr(self.model.config, "vision_feature_layer", None)
+        return len(layers) if isinstance(layers, list | tuple) else 1
+
     def placeholder_ids(self, modality: Modality) -> int:
         """The token id that marks the place of visual tokens in the prompt."""
         return int(getattr(self.model.config, f"{modality}_token_id"))
@@ -115,6 +125,19 @@ class Backbone(ABC):
             call: the arguments of that call by name.
             tiles: rows that the tower processed.
         """
+
+    def prompt_crops(self, ids: Tensor, places: list[Tensor]) -> list[tuple[int, bool]] | None:
+        """Which items of one prompt are crops of a picture, for families whose crops are items of their own.
+
+        Args:
+            ids: int[L], the token ids of the prompt.
+            places: int[n] positions of each item, in order.
+
+        Returns:
+            Per item (number of the crop, whether its picture is cut): (1, True), (2, True), ... for crops, (0, True)
+            for the thumbnail behind them, (0, False) for a picture that is not cut. None: crops are no items.
+        """
+        return None
 
     @abstractmethod
     def to_prompt(self, modality: Modality, call: Mapping[str, Any], values: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class QwenVL(Backbone):
             attention="attn",
             queries="qkv",
             keys="qkv",
+            values="qkv",
             mergers=(visual.merger, *(visual.deepstack_merger_list if _has_deepstack(self.model) else ())),
             window=window,
         )

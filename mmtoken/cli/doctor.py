@@ -79,6 +79,7 @@ def _model(name: str) -> dict[str, Any]:
     """Which compressors fit the model; None means that one does, otherwise the reason."""
     from mmtoken.backbones.registry import adapt
     from mmtoken.compressors.registry import names, resolve
+    from mmtoken.engine.learned import empty
     from mmtoken.engine.session import check
     from mmtoken.errors import MMTokenError
     from mmtoken.hub import skeleton
@@ -87,7 +88,8 @@ def _model(name: str) -> dict[str, Any]:
     fits: dict[str, str | None] = {}
     for key in names():
         try:
-            check(model, resolve(key, keep=0.25))
+            method = resolve(key, keep=0.25)
+            check(model, empty(model, method) if method.trainable else method)
         except MMTokenError as error:
             fits[key] = str(error)
         else:

@@ -203,6 +203,10 @@ class Context:
     memory: dict[str, Any]
     """What the method wants to remember until the next call of one of its sites in the same pass (running scores)."""
 
+    cropped: list[bool] | None = None
+    """Per item, whether it is, or belongs to, a picture that is cut into crops: `tokens.item` then numbers them, 0 is
+    the thumbnail. None where pictures are not cut."""
+
     scores: Tensor | None = None
     """float[B, N]: the attention that the method read last, for the report; None if it read none."""
 
@@ -321,6 +325,7 @@ class Compressor(ABC):
         size_bias: whether towers that take a mask add log(size) to their attention scores (ToMe, equation 1).
         query_agnostic, causal: whether it ignores the question, and needs no later frame.
         trainable: whether it has learned parts.
+        patchwise_projector: whether it works only where the projector maps every patch by itself.
         control: whether it is a baseline that any method must beat.
         budget: how closely `keep` is met.
         identity_at_full: True if keep=1.0 is the plain model to the bit, else the reason why not.
@@ -342,6 +347,7 @@ class Compressor(ABC):
     query_agnostic: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     trainable: ClassVar[bool] = False
+    patchwise_projector: ClassVar[bool] = False
     control: ClassVar[bool] = False
     budget: ClassVar[Budget] = "exact"
     identity_at_full: ClassVar[bool | str] = True

@@ -53,14 +53,21 @@ def maxmin_select(features: Tensor, counts: list[int], eligible: Tensor) -> Tens
     Raises:
         InputError: features of an eligible token are NaN or infinite.
     """
+    picked = torch.zeros_like(eligible)
+    for row, order in enumerate(maxmin_order(features, counts, eligible)):
+        picked[row, order] = True
+    return picked & eligible
+
+
+def maxmin_order(features: Tensor, counts: list[int], eligible: Tensor) -> list[Tensor]:
+    """The same, as int[counts[b]] indices of each row in the order in which they are picked."""
     unit = torch.nn.functional.normalize(features.detach().float(), dim=-1)
     refuse_nan(unit, eligible, "features")
     unit.masked_fill_(~eligible[..., None], 0)
     rows, length = eligible.shape
-    picked = torch.zeros_like(eligible)
     steps = max(counts, default=0)
     if not rows or not length or not steps:
-        return picked
+        return [torch.zeros(0, dtype=torch.long, device=features.device)] * rows
     row = torch.arange(rows, device=features.device)
     # A chosen or ineligible token must lose against every other one, also against those at distance 0.
     best = _isolation(unit, eligible).masked_fill(~eligible, -torch.inf).argmax(-1)
@@ -74,9 +81,7 @@ def maxmin_select(features: Tensor, counts: list[int], eligible: Tensor) -> Tens
         best = nearest.argmax(-1)
         order.append(best)
     # Rows with a smaller budget stopped counting earlier.
-    within = torch.arange(steps, device=row.device) < torch.tensor(counts, device=row.device)[:, None]
-    picked[row[:, None].expand_as(within)[within], torch.stack(order, 1)[within]] = True
-    return picked & eligible
+    return [picks[:count] for picks, count in zip(torch.stack(order, 1), counts, strict=True)]
 
 
 def _isolation(unit: Tensor, eligible: Tensor) -> Tensor:

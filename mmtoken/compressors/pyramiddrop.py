@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from mmtoken.compressors.base import Compressor, Context, Need, Parity, Positions, check_layers, check_whole
-from mmtoken.errors import MMTokenError, UnsupportedError
+from mmtoken.compressors.base import Compressor, Context, Need, Parity, Positions
+from mmtoken.compressors.stages import as_tuple, check_ascending, check_shares, check_stages, checked_cuts
+from mmtoken.errors import MMTokenError
 from mmtoken.tokens import VisualTokens, kept_count
 
 
@@ -50,41 +50,20 @@ class PyramidDrop(Compressor):
         super().__post_init__()
         if self.variant not in ("paper", "repo"):
             raise MMTokenError(f"variant={self.variant!r} is unknown; use 'paper' or 'repo'.")
-        # YAML and JSON hand in lists; settings must be hashable.
         for field in ("layers", "shares"):
-            value = getattr(self, field)
-            if value is not None and (isinstance(value, str) or not isinstance(value, Sequence) or not value):
-                raise MMTokenError(
-                    f"{field}={value!r} is a {type(value).__name__}; give a list with an entry per stage."
-                )
-            object.__setattr__(self, field, None if value is None else tuple(value))
-        for layer in self.layers or ():
-            check_whole("layers", layer, lowest=1)
-        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
-            raise MMTokenError(f"layers={self.layers} do not ascend; give each layer once, the lowest first.")
+            object.__setattr__(self, field, as_tuple(field, getattr(self, field)))
+        if self.layers is not None:
+            check_ascending("layers", self.layers, lowest=1)
         if self.shares is not None:
-            self._check_shares(self.shares)
-
-    def _check_shares(self, shares: tuple[float, ...]) -> None:
-        for share in shares:
-            if not isinstance(share, float) or not 0 < share <= 1:
-                raise MMTokenError(f"shares={shares} holds {share!r}; give fractions in (0, 1], as floats.")
-        if list(shares) != sorted(shares, reverse=True):
-            raise MMTokenError(f"shares={shares} grow; a later stage cannot keep more than an earlier one.")
-        if shares[-1] != self.keep:
-            raise MMTokenError(f"keep={self.keep!r} but shares={shares} leave {shares[-1]}; give keep={shares[-1]}.")
-        if self.layers is not None and len(self.layers) != len(shares):
-            raise MMTokenError(f"shares={shares} has {len(shares)} stages but layers={self.layers} {len(self.layers)}.")
+            check_shares(self.shares, self.keep, self.layers)
 
     def cut_layers(self, depth: int) -> tuple[int, ...]:
         layers = self.layers
         if layers is None:
             layers = tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)} & set(range(1, depth))))
-        if not layers:
-            raise UnsupportedError(f"layers=() is what a decoder of {depth} layers offers; it needs at least 2 layers.")
-        check_layers("layers", layers, depth, lowest=1)
-        if self.shares is not None and len(self.shares) != len(layers):
-            raise MMTokenError(f"shares={self.shares} has {len(self.shares)} stages but layers={layers} {len(layers)}.")
+        layers = checked_cuts(layers, depth)
+        if self.shares is not None:
+            check_stages("shares", self.shares, layers)
         return layers
 
     def llm_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:

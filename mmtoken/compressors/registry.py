@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any, get_args
+from typing import Any, get_args, overload
 
 from mmtoken.compressors.base import SITES, Compressor, Positions
+from mmtoken.compressors.bus import BUS
+from mmtoken.compressors.cdpruner import CDPruner
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
+from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
+from mmtoken.compressors.dycoke import DyCoke
+from mmtoken.compressors.expectedattention import ExpectedAttention
 from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.holov import HoloV
+from mmtoken.compressors.keydiff import KeyDiff
+from mmtoken.compressors.knorm import Knorm
+from mmtoken.compressors.prumerge import PruMerge
 from mmtoken.compressors.pyramiddrop import PyramidDrop
+from mmtoken.compressors.quecc import QueCC
+from mmtoken.compressors.regionmask import RegionMask
+from mmtoken.compressors.snapkv import SnapKV
+from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
+from mmtoken.compressors.tokencorr import TokenCorr
 from mmtoken.compressors.tome import ToMe
+from mmtoken.compressors.tova import TOVA
+from mmtoken.compressors.trained import Trained
+from mmtoken.compressors.transprune import TransPrune
+from mmtoken.compressors.trips import TRIPS
 from mmtoken.compressors.visionzip import VisionZip
+from mmtoken.compressors.vispruner import VisPruner
+from mmtoken.compressors.vlapruner import VLAPruner
 from mmtoken.errors import MMTokenError, UnknownNameError, near_names
 
 COMPRESSORS: tuple[type[Compressor], ...] = (
@@ -21,9 +41,29 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     VisionZip,
     DivPrune,
     ToMe,
+    PruMerge,
+    VisPruner,
+    CDPruner,
+    HoloV,
+    DyCoke,
+    BUS,
+    QueCC,
+    TRIPS,
+    TokenCorr,
+    SparseVLM,
+    SparseVLMPlus,
+    DART,
+    TransPrune,
+    VLAPruner,
+    SnapKV,
+    Knorm,
+    ExpectedAttention,
+    KeyDiff,
+    TOVA,
     Random,
     UniformGrid,
     Downscale,
+    RegionMask,
 )
 
 
@@ -32,11 +72,17 @@ def names() -> dict[str, type[Compressor]]:
     return {cls.__name__.lower(): cls for cls in COMPRESSORS}
 
 
-def resolve(spec: Compressor | str | dict[str, Any], **settings: Any) -> Compressor:
+@overload
+def resolve(spec: Compressor | str | dict[str, Any], **settings: Any) -> Compressor: ...
+@overload
+def resolve(spec: Trained, **settings: Any) -> Trained: ...
+@overload
+def resolve(spec: Compressor | Trained | str | dict[str, Any], **settings: Any) -> Compressor | Trained: ...
+def resolve(spec: Compressor | Trained | str | dict[str, Any], **settings: Any) -> Compressor | Trained:
     """A compressor from whatever names one.
 
     Args:
-        spec: an instance; a name ("fastv", "uniform-grid"); a dotted class path; or
+        spec: an instance, with or without learned parts; a name ("fastv", "uniform-grid"); a dotted class path; or
             {"class_path": ..., "init_args": {...}} as in YAML and hub JSON. A class outside mmtoken is found only if
             its module has been imported already: a name in a file never imports code.
         **settings: settings that go on top.
@@ -45,6 +91,8 @@ def resolve(spec: Compressor | str | dict[str, Any], **settings: Any) -> Compres
         UnknownNameError: no compressor has this name; the message lists near ones.
         MMTokenError: a setting is unknown, missing or out of range.
     """
+    if isinstance(spec, Trained):
+        return Trained(resolve(spec.compressor, **settings), spec.module) if settings else spec
     if isinstance(spec, Compressor):
         return _make(type(spec), {**spec.settings(), **settings}) if settings else spec
     if isinstance(spec, str):

@@ -27,6 +27,7 @@ class LogicalLayer:
         group: which cut produced `slots`; layers of one group hold equal `slots`.
         shift: int[B], by how much later positions move down (positions="renumber"), or None.
         hidden: bool[B, G, n], which of the first n stored entries no later token sees, per head; None: all are seen.
+        settled: tokens seen when entries were last chosen among; all of them had a say, so none is taken back.
     """
 
     dropped: int = 0
@@ -35,6 +36,7 @@ class LogicalLayer:
     group: int = 0
     shift: Tensor | None = None
     hidden: Tensor | None = None
+    settled: int = 0
 
     def stored(self) -> int:
         """Entries in the key/value tensors that are in use."""
@@ -76,7 +78,8 @@ class LogicalLayer:
         self.hidden = None if self.hidden is None else change(self.hidden)
 
     def _forget(self) -> None:
-        self.dropped, self.slots, self.ragged, self.group, self.shift, self.hidden = 0, None, False, 0, None, None
+        self.dropped, self.slots, self.ragged, self.group, self.shift = 0, None, False, 0, None
+        self.hidden, self.settled = None, 0
 
 
 class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
@@ -98,6 +101,11 @@ class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
         if not remove or not self.is_initialized:
             return
         left = self.stored() - remove
+        if self.get_seq_length() - remove < self.settled:
+            raise UnsupportedError(
+                f"crop takes back {remove} tokens, some of which chose what stays in the cache; speculative decoding "
+                "feeds guesses together with the prompt: switch it off, or use a method that acts before the cache."
+            )
         if self.slots is not None and left < self.slots.shape[1]:
             # Assisted decoding feeds candidates together with the prompt and takes rejected ones back.
             tail = self.slots[:, left:]
@@ -105,10 +113,6 @@ class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
             if not bool((tail == torch.arange(start, start + tail.shape[1], device=tail.device)).all()):
                 raise UnsupportedError(f"crop removes {remove} tokens and reaches into compressed ones; start anew.")
             self.slots = self.slots[:, :left]
-        if self.hidden is not None and left < self.hidden.shape[2]:
-            if bool(self.hidden[:, :, left:].any()):
-                raise UnsupportedError(f"crop removes {remove} tokens and reaches into compressed ones; start anew.")
-            self.hidden = self.hidden[:, :, :left]
         assert self.keys is not None and self.values is not None
         self.keys, self.values = self.keys[..., :left, :], self.values[..., :left, :]
 

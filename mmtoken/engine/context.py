@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -42,6 +42,7 @@ class CallContext(Context):
         self.original_counts = call.entered or [int(n) for n in eligible.sum(-1).tolist()]
         self.steps = list(call.tokens.steps)
         self.memory = call.memory
+        self.cropped = call.items.cropped or None
         self._decoder = decoder
         self._hidden = hidden
         self._past = past
@@ -49,22 +50,42 @@ class CallContext(Context):
 
     # --- what the tower left behind -----------------------------------------------------------------------------------
 
-    def _tower_fact(self, values: Tensor | None, tokens: VisualTokens, name: str) -> Tensor:
-        if values is None:
+    def _tower_fact(
+        self,
+        name: Literal["attention", "keys", "features"],
+        tokens: VisualTokens,
+        block: int | None,
+        joint: bool = False,
+    ) -> Tensor:
+        if self.call.items.tower is None:
             raise UnsupportedError(
-                f"{name} is not known for these visual tokens: they were encoded outside the attached model, or this "
-                "model has no tower. Pass pixels, or use a method that reads features only."
+                f"tower_{name} is not known for these visual tokens: they were encoded outside the attached model, or "
+                "this model has no tower. Pass pixels, or use a method that reads features only."
             )
-        if values.ndim == 2:
-            return values.gather(1, tokens.source)
-        return gather.rows(values, tokens.source)
+        return gather.rows(self.call.items.tower(name, block, joint), tokens.source)
 
     def tower_attention(self, tokens: VisualTokens, block: int | None = None, *, joint: bool = False) -> Tensor:
-        self.scores = self._tower_fact(self.call.items.attention, tokens, "tower_attention")
+        self.scores = self._tower_fact("attention", tokens, block, joint)[..., 0]
         return self.scores
 
     def tower_keys(self, tokens: VisualTokens, block: int | None = None, *, joint: bool = False) -> Tensor:
-        return self._tower_fact(self.call.items.keys, tokens, "tower_keys")
+        return self._tower_fact("keys", tokens, block, joint)
+
+    def tower_features(self, tokens: VisualTokens, blocks: Sequence[int]) -> Tensor:
+        return torch.cat([self._tower_fact("features", tokens, block) for block in blocks], -1)
+
+    def prompt_embedding(self, tokens: VisualTokens) -> Tensor:
+        mean: Tensor = self._prompt("prompt_embedding").mean(self.call.items.row_index)
+        return mean
+
+    def question_state(self, tokens: VisualTokens) -> Tensor:
+        state: Tensor = self._prompt("question_state").state(self.call.items.row_index)
+        return state
+
+    def _prompt(self, name: str) -> Any:
+        if self.call.prompt is None:
+            raise self._missing(name)
+        return self.call.prompt
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         items = self.call.items

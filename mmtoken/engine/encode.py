@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,43 @@ from mmtoken.tokens import VisualTokens
 
 
 @dataclass
+class TowerFacts:
+    """What the blocks of a tower computed, at the resolution of the prompt; made when it is first asked for.
+
+    Attributes:
+        run: the tower's call.
+        carry: values float[tiles, patches, C] or float[units, C] to float[tokens, C] of the prompt.
+    """
+
+    run: TowerRun
+    carry: Callable[[Tensor], Tensor]
+    _made: dict[tuple[str, int | None, bool], Tensor] = field(default_factory=dict)
+
+    def read(self, name: Literal["attention", "keys", "features"], block: int | None, joint: bool) -> Tensor:
+        """float[tokens, C]: a fact of a block (None: the one that the projector reads); attention has C = 1.
+
+        Raises:
+            UnsupportedError: it was not declared.
+        """
+        key = (name, block, joint)
+        if key not in self._made:
+            if name == "attention":
+                values = self.run.attention(block, joint=joint)[..., None]
+            elif name == "keys":
+                values = self.run.mean_keys(block, joint=joint)
+            else:
+                assert block is not None
+                values = self.run.features(block)
+            self._made[key] = self.carry(values)
+        return self._made[key]
+
+    def at(self, index: Tensor) -> TowerFacts:
+        """The same for tokens int[n] of these."""
+        carry = self.carry
+        return TowerFacts(self.run, lambda values: carry(values)[index])
+
+
+@dataclass
 class Encoded:
     """Items encoded in one call, in prompt order.
 
@@ -27,7 +64,7 @@ class Encoded:
         mass: float[tokens], share of each token's patches that a tower method left, None if none acted; for methods
             around the projector 1 or 0.
         size: float[tokens], how many original tokens each stands for, None where nothing was merged.
-        attention, keys: what the tower paid to each token, and its keys; None unless asked for.
+        tower: attention, keys and features of tower blocks per token; None without a tower.
         cls: float[items, D] CLS features where the projector reads, None without CLS.
         seeds: an integer per item computed from its pixels, None unless asked for.
         sites: what the compressor did during the call.
@@ -38,8 +75,7 @@ class Encoded:
     layout: Layout
     mass: Tensor | None = None
     size: Tensor | None = None
-    attention: Tensor | None = None
-    keys: Tensor | None = None
+    tower: TowerFacts | None = None
     cls: Tensor | None = None
     seeds: list[int] | None = None
     sites: list[SiteReport] = field(default_factory=list)
@@ -48,7 +84,7 @@ class Encoded:
 
 @dataclass
 class EncoderCall:
-    """The call in progress: tower runs and projections seen so far."""
+    """The call in progress: tower runs and projections seen so far, and the prompt row of each tile if it was asked."""
 
     modality: Modality
     arguments: Mapping[str, Any]
@@ -56,6 +92,7 @@ class EncoderCall:
     tiles: int = 0
     projected_mass: Tensor | None = None
     projected_size: Tensor | None = None
+    prompt_rows: Tensor | None = None
 
     def finish(self, backbone: Backbone, needs: frozenset[Need], acted: bool) -> Encoded:
         """Bring everything to the resolution of the prompt."""
@@ -69,10 +106,7 @@ class EncoderCall:
             run = self.runs[-1]
             if acted:
                 encoded.mass = carry(run.representatives())[:, 0]
-            if "tower_attention" in needs:
-                encoded.attention = carry(run.attention()[..., None])[:, 0]
-            if "tower_keys" in needs:
-                encoded.keys = carry(run.mean_keys())
+            encoded.tower = TowerFacts(run, carry)
             encoded.cls = run.cls
         if self.projected_mass is not None:
             encoded.mass = carry(self.projected_mass[..., None])[:, 0]
@@ -170,8 +204,7 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
         layout=full,
         mass=mass if inner is None else mass * inner,
         size=stretch(record.size),
-        attention=stretch(record.attention),
-        keys=stretch(record.keys),
+        tower=None if record.tower is None else record.tower.at(flat),
         cls=None,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,10 @@ class _Seen(threading.local):
 class Eviction:
     """Sets the hooks that let a compressor act on the cache of one decoder."""
 
-    def __init__(self, session: Session, decoder: Any) -> None:
+    def __init__(self, session: Session, decoder: Any, context: Callable[[Prefill, Tensor], CallContext]) -> None:
         self.session = session
         self.decoder = decoder
+        self.context = context
         self.acts = "cache" in session.compressor.sites
         self.seen = _Seen()
 
@@ -125,7 +127,7 @@ class Eviction:
         if stored is not None:
             if self.seen.query is None:
                 self._ask_again(module, args, kwargs)
-            self._act(call, number, stored)
+            self._act(call, number, stored, args[0] if args else kwargs["hidden_states"])
         self.seen.forget()
 
     def _ask_again(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -136,17 +138,17 @@ class Eviction:
             return True
 
         with torch.no_grad(), attention.listening(listener):
-            attention.tapped_copy(module)(*args, **{**kwargs, CACHE: None})
+            attention.tapped_copy(module, values=False)(*args, **{**kwargs, CACHE: None})
 
     @torch.no_grad()
-    def _act(self, call: Prefill, number: int, stored: LogicalLayer) -> None:
+    def _act(self, call: Prefill, number: int, stored: LogicalLayer, hidden: Tensor) -> None:
         assert isinstance(stored, LogicalDynamicLayer) and call.base is not None
         session, cut = self.session, call.layer_cut.get(number, call.base)
         stored.record(cut.index, cut.valid, call.length, cut.group, cut.shift)
         call.recorded.add(number)
         columns = stored.all_columns()
         entry, index = self._entry(call, stored, columns)
-        context = CallContext(call, self.decoder, call.embeds, list)
+        context = self.context(call, hidden)
         started = session.clock()
         keep = session.compressor.cache(entry, number, context)
         seconds = session.clock() - started
@@ -154,6 +156,7 @@ class Eviction:
         session.note(_report(call, number, entry, index, keep, seconds))
         # Each layer loses entries of its own, so no two share a mask; cuts have the lower numbers.
         stored.group = len(self.decoder.layers) + 1 + number
+        stored.settled = stored.get_seq_length()
         if bool((keep == entry.valid[:, None]).all()):
             return
         if session.mode == "mask":

@@ -15,9 +15,11 @@ from mmtoken.backbones.base import Modality
 from mmtoken.backbones.registry import adapt
 from mmtoken.compressors.base import Compressor
 from mmtoken.compressors.registry import resolve
+from mmtoken.compressors.trained import Trained, settings_of
 from mmtoken.engine import gather
 from mmtoken.engine.compat import takes_encoded_images
 from mmtoken.engine.positions import generation_positions, renumber
+from mmtoken.engine.prompt import read_prompt
 from mmtoken.engine.session import Session
 from mmtoken.errors import InputError, UnsupportedError
 
@@ -25,7 +27,7 @@ _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 def compress_inputs(
-    model: PreTrainedModel, compressor: Compressor | str | dict[str, Any], inputs: Mapping[str, Any]
+    model: PreTrainedModel, compressor: Compressor | Trained | str | dict[str, Any], inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Encode the images of `inputs` and return inputs that hold the kept visual tokens only.
 
@@ -47,7 +49,8 @@ def compress_inputs(
             `mm_encoder_outputs`.
         InputError: input_ids or pixels are missing.
     """
-    method = resolve(compressor)
+    given = resolve(compressor)
+    method = settings_of(given)
     backbone = adapt(model)
     if backbone.decoder is None or backbone.tower() is None:
         raise UnsupportedError(
@@ -62,7 +65,7 @@ def compress_inputs(
         raise UnsupportedError(
             "This transformers version takes no mm_encoder_outputs; upgrade transformers, or use compress()."
         )
-    with Session(model, method, None) as session:
+    with Session(model, given, None) as session:
         return _compress(model, method, session, dict(inputs))
 
 
@@ -73,6 +76,8 @@ def _compress(model: PreTrainedModel, method: Compressor, session: Session, inpu
         raise InputError("inputs has no input_ids; hand in what the processor returned.")
     assert session.hooks is not None
     positions = generation_positions(model, inputs)
+    if "prompt" in method.needs:
+        session.thread.asked = read_prompt(session, ids, None, inputs.get("attention_mask"), None)
     outputs, used = _encode(session, inputs)
     if not outputs:
         raise InputError("inputs has no pixel_values or pixel_values_videos; there is nothing to compress.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from mmtoken.backbones.base import Backbone, Layout, Modality
 from mmtoken.engine import gather
 from mmtoken.engine.encode import Encoded
 from mmtoken.errors import InputError
@@ -28,11 +29,13 @@ class Items:
         places: int[I, N] positions in the row, padded with 0.
         valid, protected: bool[I, N].
         grids: per item.
-        mass, size, attention: float[I, N] or None, see `Encoded`.
-        keys: float[I, N, d] or None.
+        mass, size: float[I, N] or None, see `Encoded`.
+        tower: float[I, N, C], a fact of a tower block (see `TowerFacts.read`), or None where none are known.
         cls: float[I, D] or None.
         seeds: per item, or None.
         known: whether the encoder call was seen, so that tower facts exist.
+        crops: int[I, N], see `Layout.crops`; None where no picture is cut.
+        cropped: per item, whether it is, or belongs to, a picture that is cut into crops.
     """
 
     rows: list[int]
@@ -42,11 +45,12 @@ class Items:
     grids: tuple[Grid | None, ...]
     mass: Tensor | None = None
     size: Tensor | None = None
-    attention: Tensor | None = None
-    keys: Tensor | None = None
+    tower: Callable[[Literal["attention", "keys", "features"], int | None, bool], Tensor] | None = None
     cls: Tensor | None = None
     seeds: list[int] | None = None
     known: bool = False
+    crops: Tensor | None = None
+    cropped: list[bool] = field(default_factory=list)
 
     def spans(self) -> list[tuple[int, Tensor]]:
         """(row, int[n] positions) of every item."""
@@ -95,7 +99,7 @@ def locate(visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> Item
         check_placeholders(mask, record)
         total = sum(record.layout.counts)
         start = 0
-        for row, item, first in _assign(per_row, record.layout.counts, len(where) // total, modality):
+        for row, item, first in assign(per_row, record.layout.counts, len(where) // total, modality):
             count = record.layout.counts[item]
             rows.append(row)
             spans.append(where[start : start + count, 1])
@@ -108,6 +112,24 @@ def locate(visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> Item
     )
 
 
+def number_crops(items: Items, backbone: Backbone, ids: Tensor | None) -> None:
+    """Note which items are crops, for families whose crops are items of their own.
+
+    Args:
+        items: changed in place.
+        backbone: knows the marks in a prompt.
+        ids: int[B, L] of the prompt; without them every item counts as a picture of its own.
+    """
+    if ids is None or items.crops is None:
+        return
+    for row in sorted(set(items.rows)):
+        mine = [i for i, other in enumerate(items.rows) if other == row]
+        found = backbone.prompt_crops(ids[row], [items.places[i][items.valid[i]] for i in mine])
+        for i, (number, cropped) in zip(mine, found or (), strict=found is not None):
+            items.crops[i] = number
+            items.cropped[i] = cropped
+
+
 def check_placeholders(mask: Tensor, record: Encoded) -> None:
     """Refuse a prompt whose placeholders do not fit what was encoded; beams repeat rows, so multiples fit.
 
@@ -118,9 +140,13 @@ def check_placeholders(mask: Tensor, record: Encoded) -> None:
     Raises:
         InputError: they do not fit.
     """
-    count, total = int(mask.sum()), sum(record.layout.counts)
+    check_counts(mask, record.modality, record.layout)
+
+
+def check_counts(mask: Tensor, kind: Modality, layout: Layout) -> None:
+    """The same, where only the layout of what is encoded is known."""
+    count, total, items = int(mask.sum()), sum(layout.counts), len(layout.counts)
     if count and (not total or count % total):
-        kind, items = record.modality, len(record.layout.counts)
         raise InputError(
             f"input_ids has {count} {kind} tokens but the {items} {kind}s give {total} features; the prompt must hold "
             f"one placeholder per feature (truncated prompt, or more {kind}s than placeholders?)."
@@ -134,7 +160,7 @@ def _runs(where: Tensor) -> list[tuple[int, Tensor]]:
     return [(int(part[0, 0]), part[:, 1]) for part in where.tensor_split(breaks.cpu())]
 
 
-def _assign(per_row: list[int], counts: list[int], copies: int, modality: str) -> list[tuple[int, int, int]]:
+def assign(per_row: list[int], counts: list[int], copies: int, modality: str) -> list[tuple[int, int, int]]:
     """(row, item, first token of the item) for every row; beams repeat each row `copies` times in a row."""
     assigned: list[tuple[int, int, int]] = []
     item = first = 0
@@ -181,7 +207,23 @@ def _stack(
         [record.layout.protected[first : first + n] for record, _, first, n in known], batch_first=True
     ).to(places.device)
     items.mass, items.size = collect("mass"), collect("size")
-    items.attention, items.keys = collect("attention"), collect("keys")
+    crops = [
+        valid.new_zeros(n, dtype=torch.long) if record.layout.crops is None else record.layout.crops[first : first + n]
+        for record, _, first, n in known
+    ]
+    items.crops = torch.nn.utils.rnn.pad_sequence(crops, batch_first=True).to(places.device)
+    items.cropped = items.crops.any(-1).tolist()
+    if all(record.tower is not None for record, *_ in known):
+
+        @functools.cache
+        def fact(name: Literal["attention", "keys", "features"], block: int | None, joint: bool) -> Tensor:
+            parts = [
+                record.tower.read(name, block, joint)[first : first + n]  # type: ignore[union-attr]
+                for record, _, first, n in known
+            ]
+            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(places.device)
+
+        items.tower = fact
     if all(record.cls is not None and len(record.cls) == len(record.layout.counts) for record, *_ in known):
         items.cls = torch.stack([record.cls[item] for record, item, *_ in known])  # type: ignore[index]
     if all(record.seeds is not None for record, *_ in known):
@@ -257,6 +299,7 @@ class Prefill:
         memory: what the compressor wants to remember.
         layer_cut: the cut that each decoder layer ran under.
         recorded: layers whose cache knows already what it stores.
+        prompt: its text (a `Prompt`), for methods that read it.
     """
 
     items: Items
@@ -280,6 +323,7 @@ class Prefill:
     layer_cut: dict[int, Cut] = field(default_factory=dict)
     recorded: set[int] = field(default_factory=set)
     started: float = 0.0
+    prompt: Any = None
 
     @property
     def last_token(self) -> Tensor:

@@ -18,12 +18,15 @@ from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.registry import adapt
 from mmtoken.compressors.base import Compressor, Context
 from mmtoken.compressors.registry import resolve
+from mmtoken.compressors.trained import Trained, settings_of
 from mmtoken.engine.cache import check_decoder
 from mmtoken.engine.decoder import DecoderHooks
 from mmtoken.engine.encode import Encoded, EncoderCall
 from mmtoken.engine.encoder import wrap_encoder
 from mmtoken.engine.eviction import query_module
+from mmtoken.engine.learned import check_parts
 from mmtoken.engine.prefill import Prefill
+from mmtoken.engine.prompt import Prompt, listen
 from mmtoken.engine.recorder import Recorder
 from mmtoken.engine.report import Report, SiteReport
 from mmtoken.engine.vision import VisionHooks
@@ -56,6 +59,10 @@ class ThreadState(threading.local):
         report: the report being filled.
         latest: the last report filed.
         recorder: what generated tokens of earlier calls looked at, if the method asks for it.
+        prompt: the prompt of the forward in progress, `asked` that of the `generate` in progress; only for methods that
+            read it before anything is encoded.
+        labels: what the forward in progress is to predict.
+        aside: whether the decoder runs in the middle of another call, and no hook acts.
     """
 
     made: WeakValueDictionary[str, Any]
@@ -69,13 +76,17 @@ class ThreadState(threading.local):
     report: Report | None = None
     latest: Report | None = None
     recorder: Recorder | None = None
+    prompt: Prompt | None = None
+    asked: Prompt | None = None
+    labels: Tensor | None = None
+    aside: bool = False
 
     def __init__(self) -> None:
         self.made = WeakValueDictionary()
 
 
 def check(
-    model: PreTrainedModel, compressor: Compressor | str | dict[str, Any], *, visual: Tensor | None = None
+    model: PreTrainedModel, compressor: Compressor | Trained | str | dict[str, Any], *, visual: Tensor | None = None
 ) -> None:
     """Do nothing if `compressor` can be attached to `model`.
 
@@ -85,20 +96,35 @@ def check(
     _check(adapt(model), resolve(compressor), visual)
 
 
-def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> None:
+def _check(backbone: Backbone, given: Compressor | Trained, visual: Tensor | None) -> None:
+    _check_place(backbone, settings_of(given), visual)
+    check_parts(backbone, given)
+
+
+def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) -> None:
     name = type(method).__name__
     decoder: Any = backbone.decoder
+    if "prompt" in method.needs and decoder is None:
+        raise UnsupportedError(f"{name} reads the prompt, and a {backbone.name} has none.")
     if backbone.tower() is None:
         if visual is None:
             raise UnsupportedError(
                 "visual=None but this model is a bare decoder; mark the visual positions with visual=bool[B, L]."
             )
-        if method.sites & {"vision_layer", "project", "frames"} or {"tower_attention", "tower_keys"} & method.needs:
+        if (
+            method.sites & {"vision_layer", "project", "frames"}
+            or {"tower_attention", "tower_keys", "tower_states"} & method.needs
+        ):
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
     if decoder is None:
         if method.sites & {"llm_layer", "frames", "cache"}:
             raise UnsupportedError(f"{name} acts inside or before a whole model, and this is a {backbone.name}.")
         return
+    if method.patchwise_projector and not (backbone.tokenwise_projector and backbone.feature_layers == 1):
+        raise UnsupportedError(
+            f"{name} needs a projector that maps every patch by itself, and {backbone.name} merges or re-samples "
+            "patches, or reads several tower layers."
+        )
     if "prepare" in method.sites and backbone.dynamic_resolution:
         raise UnsupportedError(
             f"{name} works before the processor on {backbone.name}, whose token count follows the image size: use "
@@ -117,6 +143,11 @@ def _check(backbone: Backbone, method: Compressor, visual: Tensor | None) -> Non
         )
     check_decoder(decoder.config)
     if "cache" in method.sites:
+        if method.recording(len(decoder.layers)) is not None:
+            raise UnsupportedError(
+                f"{name} records what generated tokens look at, which a cache that loses entries per head cannot tell; "
+                "leave the part out that acts on the cache."
+            )
         for number, layer in enumerate(decoder.layers):
             query_module(layer.self_attn, number)
 
@@ -128,7 +159,9 @@ class Session(AbstractContextManager["Session"]):
     (`attached(model)` finds it again). A model may run in several threads; each sees its own `report`.
 
     Attributes:
-        model, compressor, visual, mode: as handed in.
+        model, visual, mode: as handed in.
+        compressor: the settings of what was handed in.
+        trained: the compressor with its learned parts, None if it has none.
         backbone: the model's adapter.
         reports: one `Report` per prefill (or call of a bare tower), oldest first. Only a thread's last one holds
             `tokens`, and of a long run only the last `MAX_REPORTS` stay, so that memory does not grow with training;
@@ -139,13 +172,14 @@ class Session(AbstractContextManager["Session"]):
     """
 
     def __init__(
-        self, model: PreTrainedModel, compressor: Compressor, visual: Tensor | None, mode: Mode = "drop"
+        self, model: PreTrainedModel, compressor: Compressor | Trained, visual: Tensor | None, mode: Mode = "drop"
     ) -> None:
         if mode not in get_args(Mode):
             raise MMTokenError(f"mode={mode!r} is unknown; use 'drop' or 'mask'.")
         self.model = model
         self.mode = mode
-        self.compressor = compressor
+        self.compressor = settings_of(compressor)
+        self.trained = compressor if isinstance(compressor, Trained) else None
         self.backbone = adapt(model)
         if any(_ATTACHED in module.__dict__ for module in self._parts()):
             raise MMTokenError(
@@ -183,6 +217,8 @@ class Session(AbstractContextManager["Session"]):
                 wrap_encoder(self, modality, undo)
             self.hooks = DecoderHooks(self, self.backbone.decoder)
             self.hooks.install(undo)
+            if "prompt" in self.compressor.needs:
+                listen(self, undo)
 
     @property
     def report(self) -> Report:
@@ -226,6 +262,7 @@ class Session(AbstractContextManager["Session"]):
         """Call the compressor at a site and note what it read and did."""
         before = tokens.counts()
         context.scores = None
+        context.learned = None if self.trained is None else self.trained.module
         started = self.clock()
         left = method(tokens)
         seconds = self.clock() - started
@@ -262,7 +299,7 @@ def attached(model: PreTrainedModel) -> Session | None:
 
 def attach(
     model: PreTrainedModel,
-    compressor: Compressor | str | dict[str, Any],
+    compressor: Compressor | Trained | str | dict[str, Any],
     *,
     visual: Tensor | None = None,
     mode: Mode = "drop",
@@ -271,7 +308,8 @@ def attach(
 
     Args:
         model: a transformers VLM with an adapter, or a bare decoder or tower.
-        compressor: an instance, a name ("fastv"), or {"class_path": ..., "init_args": {...}}.
+        compressor: an instance, a name ("fastv"), or {"class_path": ..., "init_args": {...}}; one with learned parts
+            comes as a `Trained`, which `learnable` makes.
         visual: bool[B, L] marks visual positions of the prompt; needed for bare decoders only.
         mode: "drop" takes tokens out of the decoder, "mask" only hides them from the others.
 
@@ -287,7 +325,7 @@ def attach(
 
 def compress(
     model: PreTrainedModel,
-    compressor: Compressor | str | dict[str, Any],
+    compressor: Compressor | Trained | str | dict[str, Any],
     *,
     visual: Tensor | None = None,
     mode: Mode = "drop",

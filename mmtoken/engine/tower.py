@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +16,32 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from mmtoken.backbones.base import Tower
+from mmtoken.compressors.base import TowerStates
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import VisualTokens
+
+
+@dataclass
+class BlockCall:
+    """One call of a block: what its projections put out, its own output, and the sequence that it ran on.
+
+    Attributes:
+        projected: outputs of the attention's projections by the name of their module.
+        output: the block's output; only kept for blocks that are read.
+        mask: attention mask of dense blocks, None without one.
+        rotary: (cosine, sine) float[S, d] of packed blocks.
+        back: index into the sequence of every place of the grid, None while the sequence is the grid.
+        real: bool[tiles, S], False on the padding of short rows; None without padding.
+        lengths: int[frames], patches per frame of packed sequences.
+    """
+
+    projected: dict[str, Tensor] = field(default_factory=dict)
+    output: Tensor | None = None
+    mask: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    back: Tensor | None = None
+    real: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 class TowerRun(ABC):
@@ -24,16 +49,66 @@ class TowerRun(ABC):
 
     Rows of tokens are what attends to itself: a tile or an image for dense towers, a frame for packed ones. A token is
     the square of patches that becomes one projected token, with the features of its patches side by side.
+
+    Attributes:
+        now: the block that is running or has run last.
+        calls: the blocks that are read after the tower has run.
+        backs: per block number, see `BlockCall.back`.
+        cls: float[tiles, D], CLS features where the method acts, None without CLS.
+        tokens: what a method left, None before it acted.
+        counts: tokens per row before any cut.
+        memory: what the method remembers during this call.
     """
 
     def __init__(self, tower: Tower) -> None:
         self.tower = tower
-        self.queries: Tensor | None = None
-        self.keys: Tensor | None = None
+        self.now = BlockCall()
+        self.calls: dict[int, BlockCall] = {}
+        self.backs: dict[int, Tensor | None] = {}
+        self.back: Tensor | None = None
         self.cls: Tensor | None = None
         self.tokens: VisualTokens | None = None
         self.counts: list[int] | None = None
-        self._restore: dict[int, Tensor] = {}
+        self.memory: dict[str, Any] = {}
+
+    def begin(self, number: int, kwargs: dict[str, Any], *, read: bool) -> None:
+        """Note that block `number` starts with these arguments; `read`: what it computes is asked for later."""
+        self.now = self.record(kwargs)
+        self.backs[number] = self.back
+        if read:
+            self.calls[number] = self.now
+
+    def call(self, block: int | None) -> BlockCall:
+        """What was noted of a block, by default of the one that the projector reads.
+
+        Raises:
+            UnsupportedError: nothing was, or it has not run yet.
+        """
+        number = self.tower.feature_block if block is None else block
+        found = self.calls.get(number)
+        if found is None:
+            raise UnsupportedError(
+                f"Nothing of tower block {number} is known here: it has not run yet, or was not declared in "
+                "tower_layers()."
+            )
+        return found
+
+    def projection(self, call: BlockCall, name: str) -> Tensor:
+        """What the block's projection of this name put out.
+
+        Raises:
+            UnsupportedError: it was not noted.
+        """
+        if name not in call.projected:
+            raise UnsupportedError(
+                "Attention, keys or states of this tower block were not noted: declare tower_attention, tower_keys or "
+                "tower_states in `needs`."
+            )
+        return call.projected[name]
+
+    @abstractmethod
+    def record(self, kwargs: dict[str, Any]) -> BlockCall:
+        """An empty record of a block that is called with these arguments on the current sequence."""
 
     @abstractmethod
     def units(self, hidden: Tensor) -> VisualTokens:
@@ -48,24 +123,32 @@ class TowerRun(ABC):
         """The block's other arguments for the current sequence."""
 
     @abstractmethod
-    def restore(self, output: Tensor, per_unit: bool = False) -> Tensor:
-        """A tensor over the current or an earlier sequence (of patches, or of units), back on the full grid."""
+    def restore(self, output: Tensor, back: Tensor | None, per_unit: bool = False) -> Tensor:
+        """A tensor over a sequence (of patches, or of units) that `back` leads back from, on the full grid."""
 
     @abstractmethod
     def representatives(self) -> Tensor:
         """float[tiles, patches, 1] or float[units, 1]: 1 where a patch or unit is left after the last block."""
 
     @abstractmethod
-    def keys_of(self, tokens: VisualTokens) -> Tensor:
-        """float[rows, U, d]: head-averaged keys of the block that ran last."""
+    def keys_of(self, tokens: VisualTokens, *, joint: bool) -> Tensor:
+        """float[rows, U, M * d]: head-averaged keys of the block that ran last, or those of all heads."""
 
     @abstractmethod
-    def attention(self) -> Tensor:
-        """float[tiles, patches] or float[units]: attention received in the feature block, summed over heads."""
+    def states_of(self, tokens: VisualTokens) -> TowerStates:
+        """Queries, keys and values of the block that ran last."""
 
     @abstractmethod
-    def mean_keys(self) -> Tensor:
-        """float[tiles, patches, d] or float[units, d]: head-averaged keys of the feature block."""
+    def attention(self, block: int | None, *, joint: bool) -> Tensor:
+        """float[tiles, patches] or float[units]: attention received in a block, summed over heads."""
+
+    @abstractmethod
+    def mean_keys(self, block: int | None, *, joint: bool) -> Tensor:
+        """float[tiles, patches, d] or float[units, d]: head-averaged keys of a block, or those of all heads."""
+
+    @abstractmethod
+    def features(self, block: int) -> Tensor:
+        """float[tiles, patches, D] or float[units, D]: output of a block, averaged over the patches of a unit."""
 
 
 def _head_mean(projected: Tensor, heads: int) -> Tensor:
@@ -73,7 +156,7 @@ def _head_mean(projected: Tensor, heads: int) -> Tensor:
 
 
 class DenseRun(TowerRun):
-    """Hidden states [tiles, prefix + patches, D]."""
+    """Hidden states [tiles, prefix + patches, D]; rows of which less is left than of others are padded on the right."""
 
     def __init__(self, tower: Tower, patches: int, grid: tuple[int, int], tiles: int, device: torch.device) -> None:
         super().__init__(tower)
@@ -85,6 +168,12 @@ class DenseRun(TowerRun):
         self.grid = (1, rows // unit, columns // unit)
         self.where = torch.arange(patches, device=device).expand(tiles, -1)
         self.left = torch.ones(tiles, patches, dtype=torch.bool, device=device)
+        # The patch at each place of the body of the current sequence, and how many places of a row hold one.
+        self.kept = self.where
+        self.real: Tensor | None = None
+
+    def record(self, kwargs: dict[str, Any]) -> BlockCall:
+        return BlockCall(mask=kwargs.get("attention_mask"), back=self.back, real=self.real)
 
     def units(self, hidden: Tensor) -> VisualTokens:
         body = hidden[:, self.tower.prefix :]
@@ -92,90 +181,174 @@ class DenseRun(TowerRun):
         if self.tokens is None:
             features = body[:, self.members.flatten()].reshape(tiles, len(self.members), -1)
             return VisualTokens.from_features(features, grid=(self.grid,) * tiles)
-        places = self.where.gather(1, self.members[self.tokens.source].flatten(1))
+        places = self._places(self.tokens)
         features = body.gather(1, places[..., None].expand(-1, -1, body.shape[-1]))
         return self.tokens.replace(features=features.view(tiles, self.tokens.source.shape[1], -1))
 
+    def _places(self, tokens: VisualTokens) -> Tensor:
+        """int[tiles, U * M]: places of the patches of tokens in the body of the current sequence."""
+        return self.where.gather(1, self.members[tokens.source].flatten(1))
+
     def shorten(self, hidden: Tensor, tokens: VisualTokens) -> Tensor:
-        if not bool(tokens.valid.all()):
-            raise UnsupportedError("The method left different numbers of tokens per tile; this tower needs equal ones.")
         tiles, width = hidden.shape[0], hidden.shape[-1]
+        prefix, whole = self.tower.prefix, bool(tokens.valid.all())
         members = self.members[tokens.source].flatten(1)
-        order = members.argsort(-1)
-        body = tokens.features.reshape(tiles, -1, width).gather(1, order[..., None].expand(-1, -1, width))
+        features = tokens.features.reshape(tiles, -1, width)
+        valid = tokens.valid.repeat_interleave(self.members.shape[1], 1)
+        if not whole:
+            # Padding goes behind the last patch, and holds zeros.
+            members = members.masked_fill(~valid, self.patches)
+            features = features.masked_fill(~valid[..., None], 0.0)
+        order = members.argsort(dim=-1, stable=True)
+        body = features.gather(1, order[..., None].expand(-1, -1, width))
         kept = members.gather(1, order)
         rank = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-        self.where = torch.zeros(tiles, self.patches, dtype=torch.long, device=kept.device).scatter(1, kept, rank)
-        self.left = torch.zeros(tiles, self.patches, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
+        spare = torch.zeros(tiles, self.patches + 1, dtype=torch.long, device=kept.device)
+        self.where = spare.scatter(1, kept, rank)[:, : self.patches]
+        self.left = spare.bool().scatter(1, kept, True)[:, : self.patches]
+        self.kept = kept.clamp(max=self.patches - 1)
+        self.real = None if whole else nn.functional.pad(valid.gather(1, order), (prefix, 0), value=True)
         self.tokens = tokens
-        short = torch.cat([hidden[:, : self.tower.prefix], body], 1)
-        filled = (self.left.long().cumsum(-1) - 1).clamp(min=0) + self.tower.prefix
-        prefix = torch.arange(self.tower.prefix, device=kept.device).expand(tiles, -1)
-        self._restore[short.shape[1]] = torch.cat([prefix, filled], 1)
-        return short
+        filled = (self.left.long().cumsum(-1) - 1).clamp(min=0) + prefix
+        self.back = torch.cat([torch.arange(prefix, device=kept.device).expand(tiles, -1), filled], 1)
+        return torch.cat([hidden[:, :prefix], body], 1)
 
     def block_arguments(self, kwargs: dict[str, Any], size_bias: bool) -> dict[str, Any]:
-        if self.tokens is None or self.tokens.source.shape[1] == len(self.members):
+        if self.tokens is None or (self.real is None and self.tokens.source.shape[1] == len(self.members)):
             return kwargs
         changed = dict(kwargs)
+        tiles, prefix = len(self.kept), self.tower.prefix
         mask = kwargs.get("attention_mask")
         if mask is not None:
-            kept = self.left.nonzero()[:, 1].view(self.left.shape[0], -1)
-            mask = mask.expand(kept.shape[0], -1, -1, -1)
+            kept = torch.cat([torch.arange(prefix, device=mask.device).expand(tiles, -1), self.kept + prefix], 1)
+            mask = mask.expand(tiles, -1, -1, -1)
             mask = mask.gather(2, kept[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
             mask = mask.gather(3, kept[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
-        if size_bias:
-            # ToMe, equation 1: a merged token weighs in as often as the tokens it stands for.
-            per_patch = self.tokens.size.repeat_interleave(self.members.shape[1], 1)
-            order = self.members[self.tokens.source].flatten(1).argsort(-1)
-            sizes = nn.functional.pad(per_patch.gather(1, order), (self.tower.prefix, 0), value=1.0)
-            bias = sizes.log()[:, None, None, :].to(self.tokens.features.dtype)
+        bias = self._bias(size_bias)
+        if bias is not None:
             bias = bias.expand(-1, -1, bias.shape[-1], -1)
+            lowest = torch.finfo(bias.dtype).min
             if mask is not None and mask.dtype == torch.bool:
-                mask = bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+                mask = bias.masked_fill(~mask, lowest)
             else:
-                mask = bias if mask is None else bias + mask
+                # A sum of two lowest numbers would be infinite, and a row of them not a number.
+                mask = bias if mask is None else (bias + mask).clamp(min=lowest)
         changed["attention_mask"] = mask
         return changed
 
-    def restore(self, output: Tensor, per_unit: bool = False) -> Tensor:
-        index = self._restore.get(output.shape[1])
-        if index is None or output.shape[1] == self.tower.prefix + self.patches:
+    def _bias(self, size_bias: bool) -> Tensor | None:
+        """float[tiles, 1, 1, S]: what is added to the scores of every key, None if nothing is."""
+        assert self.tokens is not None
+        if not size_bias and self.real is None:
+            return None
+        dtype = self.tokens.features.dtype
+        bias = torch.zeros(self.kept.shape, dtype=dtype, device=self.kept.device)
+        if size_bias:
+            # ToMe, equation 1: a merged token weighs in as often as the tokens it stands for.
+            per_patch = self.tokens.size.repeat_interleave(self.members.shape[1], 1)
+            sizes = torch.ones_like(self.left, dtype=per_patch.dtype)
+            where = self.members[self.tokens.source].flatten(1)
+            valid = self.tokens.valid.repeat_interleave(self.members.shape[1], 1)
+            spare = nn.functional.pad(sizes, (0, 1), value=1.0)
+            sizes = spare.scatter(1, where.masked_fill(~valid, self.patches), per_patch)[:, : self.patches]
+            bias = sizes.gather(1, self.kept).log().to(dtype)
+        bias = nn.functional.pad(bias, (self.tower.prefix, 0))
+        if self.real is not None:
+            self._check_mask()
+            bias = bias.masked_fill(~self.real, torch.finfo(dtype).min)
+        return bias[:, None, None, :]
+
+    def _check_mask(self) -> None:
+        kind = self.tower.module.config._attn_implementation  # type: ignore[union-attr]
+        if kind not in ("sdpa", "eager"):
+            raise UnsupportedError(
+                f"The method left different numbers of tokens per tile, which attn_implementation={kind!r} of this "
+                "tower cannot hide from each other; load the model with 'sdpa' or 'eager'."
+            )
+
+    def restore(self, output: Tensor, back: Tensor | None, per_unit: bool = False) -> Tensor:
+        if back is None:
             return output
-        return output.gather(1, index[..., None].expand(-1, -1, output.shape[-1]))
+        return output.gather(1, back[..., None].expand(-1, -1, output.shape[-1]))
 
     def representatives(self) -> Tensor:
         return self.left.float()[..., None]
 
-    def keys_of(self, tokens: VisualTokens) -> Tensor:
-        assert self.keys is not None
-        keys = _head_mean(self.keys, self.tower.heads)[:, self.tower.prefix :]
-        places = self.where.gather(1, self.members[tokens.source].flatten(1))
+    def keys_of(self, tokens: VisualTokens, *, joint: bool) -> Tensor:
+        keys = self._keys(self.now, joint=joint)[:, self.tower.prefix :]
+        places = self._places(tokens)
         return keys.gather(1, places[..., None].expand(-1, -1, keys.shape[-1])).reshape(*tokens.source.shape, -1)
 
-    def attention(self) -> Tensor:
-        assert self.queries is not None and self.keys is not None
-        heads, prefix = self.tower.heads, self.tower.prefix
-        query = self.queries.detach().float().unflatten(-1, (heads, -1)).transpose(1, 2)
-        key = self.keys.detach().float().unflatten(-1, (heads, -1)).transpose(1, 2)
-        received = _received(query[:, :, :1] if prefix else query, key)
-        return self.restore(received[..., None])[:, prefix:, 0]
+    def states_of(self, tokens: VisualTokens) -> TowerStates:
+        tower, places = self.tower, self._places(tokens)
+        parts = {}
+        for name, module in (("query", tower.queries), ("key", tower.keys), ("value", tower.values)):
+            states = self.projection(self.now, module).unflatten(-1, (tower.heads, -1)).transpose(1, 2)
+            body = states[:, :, tower.prefix :]
+            index = places[:, None, :, None].expand(-1, tower.heads, -1, body.shape[-1])
+            per_token = (tokens.source.shape[1], self.members.shape[1])
+            parts[name] = body.gather(2, index).unflatten(2, per_token)
+            parts[f"prefix_{name}"] = states[:, :, : tower.prefix]
+        return TowerStates(**parts)
 
-    def mean_keys(self) -> Tensor:
-        assert self.keys is not None
-        return self.restore(_head_mean(self.keys, self.tower.heads))[:, self.tower.prefix :]
+    def attention(self, block: int | None, *, joint: bool) -> Tensor:
+        call = self.call(block)
+        heads, prefix = 1 if joint else self.tower.heads, self.tower.prefix
+        query, key = (
+            self.projection(call, name).float().unflatten(-1, (heads, -1)).transpose(1, 2)
+            for name in (self.tower.queries, self.tower.keys)
+        )
+        seen = self._seen(call)
+        # Without CLS all patches ask, but not padding.
+        received = _received(query[:, :, :1], key, seen=seen) if prefix else _received(query, key, seen, seen)
+        return self.restore(received[..., None], call.back)[:, prefix:, 0]
+
+    @staticmethod
+    def _seen(call: BlockCall) -> Tensor | None:
+        """bool[tiles, S]: keys that the block could see at all, None if all."""
+        if call.mask is None:
+            return call.real
+        # Masks of these towers are the same for every head and query; flash attention takes them per key.
+        row = call.mask if call.mask.ndim == 2 else call.mask[:, 0, 0]
+        if not row.is_floating_point():
+            return row.bool()
+        return row > torch.finfo(row.dtype).min / 2
+
+    def _keys(self, call: BlockCall, *, joint: bool) -> Tensor:
+        keys = self.projection(call, self.tower.keys)
+        return keys if joint else _head_mean(keys, self.tower.heads)
+
+    def mean_keys(self, block: int | None, *, joint: bool) -> Tensor:
+        call = self.call(block)
+        return self.restore(self._keys(call, joint=joint), call.back)[:, self.tower.prefix :]
+
+    def features(self, block: int) -> Tensor:
+        call = self.call(block)
+        assert call.output is not None
+        return self.restore(call.output, call.back)[:, self.tower.prefix :]
 
 
-def _received(query: Tensor, key: Tensor, chunk: int = 256) -> Tensor:
+def _received(
+    query: Tensor, key: Tensor, asking: Tensor | None = None, seen: Tensor | None = None, chunk: int = 256
+) -> Tensor:
     """Attention each key receives: mean over queries, sum over heads; [.., H, q, d] and [.., H, k, d] give [.., k].
 
-    Chunks of queries bound the memory by chunk x keys.
+    Chunks of queries bound the memory by chunk x keys. `asking` bool[.., q] are the queries that count, `seen`
+    bool[.., k] the keys that may be looked at; None: all.
     """
     total = query.new_zeros(*key.shape[:-3], key.shape[-2])
-    for part in query.split(chunk, -2):
-        scores = part @ key.transpose(-1, -2) * key.shape[-1] ** -0.5
-        total += scores.softmax(-1).sum((-3, -2))
-    return total / query.shape[-2]
+    number: Tensor | int = query.shape[-2]
+    if asking is not None:
+        number = asking.sum(-1, keepdim=True)
+    for first in range(0, query.shape[-2], chunk):
+        scores = query[..., first : first + chunk, :] @ key.transpose(-1, -2) * key.shape[-1] ** -0.5
+        if seen is not None:
+            scores = scores.masked_fill(~seen[..., None, None, :], -torch.inf)
+        weights = scores.softmax(-1)
+        if asking is not None:
+            weights = weights * asking[..., None, first : first + chunk, None]
+        total += weights.sum((-3, -2))
+    return total / number
 
 
 class PackedRun(TowerRun):
@@ -206,7 +379,11 @@ class PackedRun(TowerRun):
             0, self.raster, torch.arange(len(self.raster), device=device)
         )
         self.left = torch.ones(len(self.raster), dtype=torch.bool, device=device)
-        self.rotary: tuple[Tensor, Tensor] | None = None
+
+    def record(self, kwargs: dict[str, Any]) -> BlockCall:
+        left = self.left[self.slot] & self.valid
+        rotary = kwargs["position_embeddings"]
+        return BlockCall(rotary=rotary, back=self.back, lengths=left.sum(-1) * self.members)
 
     def _rank(self) -> Tensor:
         return (self.left.long().cumsum(0) - 1).clamp(min=0)
@@ -228,9 +405,8 @@ class PackedRun(TowerRun):
         order = slots.argsort()
         self.left = torch.zeros_like(self.left).scatter(0, slots, True)
         self.tokens = tokens
-        short = values[order].view(-1, hidden.shape[-1])
-        self._restore[short.shape[0] // self.members] = self._rank()
-        return short
+        self.back = self._rank()
+        return values[order].view(-1, hidden.shape[-1])
 
     def block_arguments(self, kwargs: dict[str, Any], size_bias: bool) -> dict[str, Any]:
         if self.tokens is None:
@@ -249,46 +425,70 @@ class PackedRun(TowerRun):
             changed["max_seqlen"] = int(lengths.diff().max())
         return changed
 
-    def restore(self, output: Tensor, per_unit: bool = False) -> Tensor:
+    def restore(self, output: Tensor, back: Tensor | None, per_unit: bool = False) -> Tensor:
         size = 1 if per_unit else self.members
-        rank = self._restore.get(output.shape[0] // size)
-        if rank is None or output.shape[0] == len(self.raster) * size:
+        if back is None or output.shape[0] == len(self.raster) * size:
             return output
-        return output.view(-1, size, output.shape[-1])[rank].flatten(0, 1)
+        return output.view(-1, size, output.shape[-1])[back].flatten(0, 1)
 
     def representatives(self) -> Tensor:
         return self.left.float()[self.inverse][:, None]
 
-    def keys_of(self, tokens: VisualTokens) -> Tensor:
-        return self._unit_keys(concatenate=True)[self._rank()[self._slots(tokens)]]
+    def _on_grid(self, values: Tensor, call: BlockCall) -> Tensor:
+        """Values per unit of a block's sequence, in raster order of all units."""
+        return (values if call.back is None else values[call.back])[self.inverse]
 
-    def _split(self) -> tuple[Tensor, Tensor]:
-        """Queries and keys [S, H, d] of the block that ran last, before rotation."""
-        assert self.keys is not None
-        fused = self.keys.unflatten(-1, (3, self.tower.heads, -1))
-        return fused[:, 0], fused[:, 1]
+    def keys_of(self, tokens: VisualTokens, *, joint: bool) -> Tensor:
+        return self._unit_keys(self.now, joint=joint).flatten(1)[self._rank()[self._slots(tokens)]]
 
-    def _unit_keys(self, *, concatenate: bool) -> Tensor:
-        keys = self._split()[1].mean(1).view(-1, self.members, self._split()[1].shape[-1])
-        return keys.flatten(1) if concatenate else keys.mean(1)
+    def states_of(self, tokens: VisualTokens) -> TowerStates:
+        query, key, value = self._split(self.now)
+        assert self.now.rotary is not None
+        index = self._rank()[self._slots(tokens)]
+        parts = {}
+        for name, states in (
+            ("query", _rotate(query, *self.now.rotary).to(query.dtype)),
+            ("key", _rotate(key, *self.now.rotary).to(key.dtype)),
+            ("value", value),
+        ):
+            per_unit = states.unflatten(0, (-1, self.members))
+            parts[name] = per_unit[index].permute(0, 3, 1, 2, 4)
+            parts[f"prefix_{name}"] = states.new_zeros(len(index), states.shape[1], 0, states.shape[2])
+        return TowerStates(**parts)
 
-    def attention(self) -> Tensor:
-        assert self.rotary is not None
-        query, key = (_rotate(x.detach().float(), *self.rotary).transpose(0, 1) for x in self._split())
-        bounds = nn.functional.pad(self._frame_lengths().cumsum(0), (1, 0)).tolist()
+    def _split(self, call: BlockCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [S, H, d], before rotation."""
+        query, key, value = self.projection(call, self.tower.keys).unflatten(-1, (3, self.tower.heads, -1)).unbind(1)
+        return query, key, value
+
+    def _unit_keys(self, call: BlockCall, *, joint: bool) -> Tensor:
+        """float[units, M, d]."""
+        split = self._split(call)[1]
+        keys = split.flatten(1) if joint else split.mean(1)
+        return keys.view(-1, self.members, keys.shape[-1])
+
+    def attention(self, block: int | None, *, joint: bool) -> Tensor:
+        call = self.call(block)
+        assert call.rotary is not None and call.lengths is not None
+        query, key = (_rotate(x.float(), *call.rotary).transpose(0, 1) for x in self._split(call)[:2])
+        if joint:
+            query, key = (x.transpose(0, 1).flatten(1)[None] for x in (query, key))
+        bounds = nn.functional.pad(call.lengths.cumsum(0), (1, 0)).tolist()
         parts = [_received(query[:, a:b], key[:, a:b]) for a, b in itertools.pairwise(bounds)]
-        return torch.cat(parts).view(-1, self.members).mean(-1)[self._rank()][self.inverse]
+        return self._on_grid(torch.cat(parts).view(-1, self.members).mean(-1), call)
 
-    def _frame_lengths(self) -> Tensor:
-        left = self.left[self.slot] & self.valid
-        return left.sum(-1) * self.members
+    def mean_keys(self, block: int | None, *, joint: bool) -> Tensor:
+        call = self.call(block)
+        return self._on_grid(self._unit_keys(call, joint=joint).mean(1), call)
 
-    def mean_keys(self) -> Tensor:
-        return self._unit_keys(concatenate=False)[self._rank()][self.inverse]
+    def features(self, block: int) -> Tensor:
+        call = self.call(block)
+        assert call.output is not None
+        return self._on_grid(call.output.unflatten(0, (-1, self.members)).mean(1), call)
 
 
 def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding of [S, H, d] by tables [S, d]: x cos + (-x2, x1) sin, halves x1, x2 of x."""
+    """Rotary embedding of [S, H, d] by tables [S, d], in float32: x cos + (-x2, x1) sin, halves x1, x2 of x."""
     first, second = states.chunk(2, -1)
     return states * cosine[:, None].float() + torch.cat([-second, first], -1) * sine[:, None].float()
 
@@ -308,13 +508,15 @@ def _window_order(frames: int, rows: int, columns: int, window: int | None) -> T
 def restore_output(run: TowerRun, output: Any) -> Any:
     """Every token-wise tensor of a tower's output on the full grid."""
     if isinstance(output, Tensor):
-        return run.restore(output)
+        return run.restore(output, run.back)
     if isinstance(output, ModelOutput):
         if output.get("last_hidden_state") is not None:
-            output["last_hidden_state"] = run.restore(output["last_hidden_state"])
+            output["last_hidden_state"] = run.restore(output["last_hidden_state"], run.back)
         if output.get("hidden_states") is not None:
-            # transformers keeps only the states that it was asked for and None for the others.
-            states = output["hidden_states"]
-            output["hidden_states"] = tuple(None if state is None else run.restore(state) for state in states)
+            # Entry i is what block i - 1 put out; transformers keeps only those that it was asked for, None for others.
+            output["hidden_states"] = tuple(
+                None if state is None else run.restore(state, run.backs.get(number - 1))
+                for number, state in enumerate(output["hidden_states"])
+            )
         return output
-    return (run.restore(output[0]), *output[1:])
+    return (run.restore(output[0], run.back), *output[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mmtoken.backbones.base import Tower
-from mmtoken.compressors.base import Context
+from mmtoken.compressors.base import Context, TowerStates
 from mmtoken.engine import gather
 from mmtoken.engine.compat import check_checkpointing
 from mmtoken.engine.encode import EncoderCall
 from mmtoken.engine.measure import note_tokens
+from mmtoken.engine.prompt import Prompt, known
 from mmtoken.engine.report import Report
 from mmtoken.engine.tower import DenseRun, PackedRun, TowerRun, restore_output
 from mmtoken.errors import UnsupportedError
@@ -35,9 +36,13 @@ class TowerContext(Context):
     def __init__(self, run: TowerRun, counts: list[int], seeds: list[int] | None, *, inside: bool) -> None:
         self.run = run
         self.depth = run.tower.feature_block + 1
+        self.blocks = len(run.tower.blocks)
+        self.memory = run.memory
         self.original_counts = counts
         self._seeds = seeds
         self._inside = inside
+        self.prompt: Callable[[], tuple[Prompt, Tensor]] | None = None
+        self.projected: Callable[[Tensor], Tensor] | None = None
 
     def _of(self, values: Tensor, tokens: VisualTokens) -> Tensor:
         extra = int(tokens.source.max()) + 1 - values.shape[1] if tokens.source.numel() else 0
@@ -46,19 +51,56 @@ class TowerContext(Context):
         return values.gather(1, tokens.source) if values.ndim == 2 else gather.rows(values, tokens.source)
 
     def tower_attention(self, tokens: VisualTokens, block: int | None = None, *, joint: bool = False) -> Tensor:
-        self.scores = self._of(self.run.attention(), tokens)
+        self.scores = self._of(self.run.attention(block, joint=joint), tokens)
         return self.scores
 
     def tower_keys(self, tokens: VisualTokens, block: int | None = None, *, joint: bool = False) -> Tensor:
-        return self.run.keys_of(tokens) if self._inside else self._of(self.run.mean_keys(), tokens)
+        if self._inside and block is None:
+            return self.run.keys_of(tokens, joint=joint)
+        return self._of(self.run.mean_keys(block, joint=joint), tokens)
+
+    def tower_states(self, tokens: VisualTokens) -> TowerStates:
+        if not self._inside:
+            raise UnsupportedError("tower_states exists between tower blocks only (vision_layer).")
+        return self.run.states_of(tokens)
+
+    def tower_features(self, tokens: VisualTokens, blocks: Sequence[int]) -> Tensor:
+        return torch.cat([self._of(self.run.features(block), tokens) for block in blocks], -1)
 
     def tower_cls(self, tokens: VisualTokens) -> Tensor | None:
         return self.run.cls
+
+    def prompt_embedding(self, tokens: VisualTokens) -> Tensor:
+        prompt, rows = self._asked("prompt_embedding")
+        return prompt.mean(rows)
+
+    def question_state(self, tokens: VisualTokens) -> Tensor:
+        prompt, rows = self._asked("question_state")
+        return prompt.state(rows)
+
+    def _asked(self, name: str) -> tuple[Prompt, Tensor]:
+        if self.prompt is None:
+            raise self._missing(name)
+        return self.prompt()
+
+    def to_llm(self, tokens: VisualTokens) -> Tensor:
+        if self.projected is None:
+            raise self._missing("to_llm")
+        return self.projected(tokens.features)
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         if self._seeds is None:
             raise UnsupportedError("content_seed was not declared in `needs`.")
         return self._seeds
+
+
+def _check_blocks(blocks: Sequence[int], total: int) -> set[int]:
+    for block in blocks:
+        if not 0 <= block < total:
+            raise UnsupportedError(
+                f"tower_layers() names block {block}, but this tower has {total} blocks; choose from 0 to {total - 1}."
+            )
+    return set(blocks)
 
 
 class _Thread(threading.local):
@@ -80,19 +122,31 @@ class VisionHooks:
         """Register them; yields the handles."""
         self._thread = _Thread()
         tower, method = self.tower, self.session.compressor
-        inside = self._cuts
-        scores = bool({"tower_attention", "tower_keys"} & method.needs)
+        inside, last = self._cuts, tower.feature_block
         yield tower.module.register_forward_pre_hook(self._tower_pre, with_kwargs=True)
         yield tower.module.register_forward_hook(self._tower_post, always_call=True)
-        last = tower.feature_block
+        blocks = len(tower.blocks)
+        extra = method.tower_layers(last + 1, blocks)
+        self._read = _check_blocks(extra, blocks)
+        if {"tower_attention", "tower_keys"} & method.needs:
+            self._read.add(last)
+        later = {"tower_attention": {tower.queries, tower.keys}, "tower_keys": {tower.keys}}
+        between = {"tower_keys": {tower.keys}, "tower_states": {tower.queries, tower.keys, tower.values}}
         for number, block in enumerate(tower.blocks):
-            if (inside or tower.packed) and (inside or number == last):
+            if inside or number in self._read:
                 yield block.register_forward_pre_hook(functools.partial(self._block_pre, number), with_kwargs=True)
+            names: set[str] = set()
+            for need in method.needs:
+                if number in self._read:
+                    names |= later.get(need, set())
+                if inside and number < last:
+                    names |= between.get(need, set())
             attention = getattr(block, tower.attention)
-            if (inside and number < last) or (scores and number == last):
-                yield getattr(attention, tower.keys).register_forward_hook(self._keys)
-                if scores and tower.queries != tower.keys:
-                    yield getattr(attention, tower.queries).register_forward_hook(self._queries)
+            for name in sorted(names):
+                hook = functools.partial(self._projected, name)
+                yield getattr(attention, name).register_forward_hook(hook)
+            if number in extra:
+                yield block.register_forward_hook(functools.partial(self._read_block, number))
         yield tower.blocks[last].register_forward_hook(self._feature_block)
         for merger in tower.mergers if inside else ():
             yield merger.register_forward_hook(self._merger)
@@ -139,7 +193,34 @@ class VisionHooks:
             seeds = call.seeds(self.session.backbone)
         if run.counts is None:
             run.counts = tokens.counts()
-        return TowerContext(run, run.counts, seeds, inside=inside)
+        context = TowerContext(run, run.counts, seeds, inside=inside)
+        if "prompt" in self.session.compressor.needs:
+            context.prompt = functools.partial(self._prompt, call, run)
+        if self.session.compressor.patchwise_projector:
+            context.projected = self._to_llm
+        return context
+
+    def _prompt(self, call: EncoderCall, run: TowerRun) -> tuple[Prompt, Tensor]:
+        """The prompt, and which of its rows each tile or frame belongs to."""
+        prompt = known(self.session.thread)
+        if call.prompt_rows is None:
+            call.prompt_rows = prompt.tile_rows(call, self.session.backbone, run)
+        return prompt, call.prompt_rows
+
+    @torch.no_grad()
+    def _to_llm(self, features: Tensor) -> Tensor:
+        projector = self.session.backbone.projector()
+        assert projector is not None
+        return self._project(projector, features)
+
+    def _project(self, projector: nn.Module, features: Tensor) -> Tensor:
+        """Call the projector without acting around it."""
+        self._thread.projecting = True
+        try:
+            projected: Tensor = projector(features)
+            return projected
+        finally:
+            self._thread.projecting = False
 
     def _block_pre(
         self, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -152,23 +233,24 @@ class VisionHooks:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if self._cuts and 0 < number <= self.tower.feature_block:
             tokens = run.units(hidden)
+            if self.tower.prefix:
+                run.cls = hidden[:, 0]
             context = self._context(run, tokens, inside=True)
             left = self.session.run_site(
                 "vision_layer", number, tokens, context, lambda t: method.vision_layer(t, number, context)
             )
             hidden = run.shorten(hidden, left)
         kwargs = run.block_arguments(kwargs, method.size_bias)
-        if isinstance(run, PackedRun) and number == self.tower.feature_block:
-            run.rotary = kwargs["position_embeddings"]
+        run.begin(number, kwargs, read=number in self._read)
         return (hidden,), kwargs
 
-    def _keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _projected(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self._run is not None:
-            self._run.keys = output.detach()
+            self._run.now.projected[name] = output.detach()
 
-    def _queries(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _read_block(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._run is not None:
-            self._run.queries = output.detach()
+            self._run.calls[number].output = output if isinstance(output, Tensor) else output[0]
 
     def _feature_block(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         run = self._run
@@ -181,7 +263,7 @@ class VisionHooks:
 
     def _merger(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         run = self._run
-        return output if run is None else run.restore(output, per_unit=True)
+        return output if run is None else run.restore(output, run.back, per_unit=True)
 
     def _tower_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         run, state = self._run, self._thread
@@ -239,13 +321,11 @@ class VisionHooks:
         extra = features.shape[1] - run.patches
         if extra:
             tokens.protected[:, :extra] = True
+        if run.tokens is not None:
+            tokens = _survivors(tokens, run.tokens, extra)
 
         def default(some: VisualTokens) -> VisualTokens:
-            state.projecting = True
-            try:
-                return some.replace(features=projector(some.features))
-            finally:
-                state.projecting = False
+            return some.replace(features=self._project(projector, some.features))
 
         context = self._context(run, tokens, inside=False)
         method = self.session.compressor
@@ -275,3 +355,17 @@ class VisionHooks:
         place = torch.where(slot >= 0, place, 0).cummax(-1).values
         filled = slot.gather(1, place).clamp(min=0)
         return gather.rows(left.features, filled)
+
+
+def _survivors(tokens: VisualTokens, left: VisualTokens, extra: int) -> VisualTokens:
+    """What is left of a tower's tokens before the projector, which gets the full grid.
+
+    Args:
+        tokens: the projector's tokens, `extra` of them (CLS) before the patches.
+        left: the tokens that the tower ended with.
+    """
+    rows = len(tokens)
+    first = torch.arange(extra, device=left.source.device).expand(rows, -1)
+    valid = torch.cat([torch.ones_like(first, dtype=torch.bool), left.valid], 1)
+    size = torch.cat([tokens.size[:, :extra], left.size], 1)
+    return tokens.take(torch.cat([first, left.source + extra], 1), valid).replace(size=size)

@@ -11,29 +11,63 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmtoken.compressors import (
+    DART,
+    TOVA,
+    CDPruner,
     Compressor,
     Context,
     DivPrune,
     Downscale,
+    DyCoke,
+    ExpectedAttention,
     FastV,
+    HoloV,
+    KeyDiff,
+    Knorm,
+    PruMerge,
     PyramidDrop,
     Random,
+    RegionMask,
+    SnapKV,
+    SparseVLM,
+    SparseVLMPlus,
+    TokenCorr,
     ToMe,
+    TransPrune,
     UniformGrid,
     VisionZip,
+    VisPruner,
+    VLAPruner,
 )
 from mmtoken.compressors.base import CacheEntry, Rows, States, TextTokens, TowerStates, Transition
 from mmtoken.tokens import VisualTokens, pick_rows
 
 SETTINGS: dict[str, Compressor] = {
+    "cdpruner": CDPruner(keep=0.4),
+    "dart": DART(keep=0.4),
     "divprune": DivPrune(keep=0.4),
     "downscale": Downscale(keep=0.4),
+    "dycoke": DyCoke(keep=0.4),
     "fastv": FastV(keep=0.4),
+    "holov": HoloV(keep=0.4),
+    "prumerge": PruMerge(keep=0.4),
     "pyramiddrop": PyramidDrop(keep=0.4),
     "random": Random(keep=0.4),
+    "regionmask": RegionMask(),
+    "tokencorr": TokenCorr(keep=0.4, tau_s=0.5),
+    "sparsevlm": SparseVLM(keep=0.4),
+    "sparsevlmplus": SparseVLMPlus(keep=0.4),
     "tome": ToMe(keep=0.4),
+    "transprune": TransPrune(keep=0.4),
     "uniformgrid": UniformGrid(keep=0.4),
     "visionzip": VisionZip(keep=0.4),
+    "vispruner": VisPruner(keep=0.4),
+    "vlapruner": VLAPruner(keep=0.4),
+    "expectedattention": ExpectedAttention(keep=0.4),
+    "keydiff": KeyDiff(keep=0.4),
+    "knorm": Knorm(keep=0.4),
+    "snapkv": SnapKV(keep=0.4),
+    "tova": TOVA(keep=0.4),
 }
 """Every compressor of the library, with a budget that cuts."""
 
@@ -79,6 +113,10 @@ class Given(Context):
     learned: Any = None
     memory: dict[str, Any] = field(default_factory=dict)
     asked: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> list[int]:
+        return [1] * len(self.original_counts)
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         return self.seeds

@@ -30,7 +30,7 @@ class NetworkConfig:
         rope_theta: base of the decoder's rotary positions.
     """
 
-    vision_layers: int = 6
+    vision_layers: int = 4
     text_layers: int = 6
     width: int = 128
     heads: int = 4

@@ -1,6 +1,6 @@
 """The processor of tiny-document: a word-level tokenizer, a chat template and Idefics3's tiles.
 
-All three are transformers' own classes, so a saved folder loads with `AutoProcessor.from_pretrained`. A page of 144 x 96
+All three are transformers' own classes, so a saved folder loads with `AutoProcessor`. A page of 144 x 96
 pixels becomes six crops of 48 x 48 in reading order and the whole page at 48 x 48 behind them; the prompt is `<bos>`,
 the crops with their row and column, the whole page, the question, `<assistant>`, the answer, `<eos>`.
 """
