@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.golden import test_fastv, test_pyramiddrop, test_tome, test_visionzip
+from tests.golden import test_fastv, test_kvpress, test_pyramiddrop, test_tome, test_visionzip
 from tests.golden.case import EXPECTED, HOME, GoldenCase, find_cases
 
 CHECKS: dict[str, Callable[[GoldenCase], None]] = {
-    module.METHOD: module.check for module in (test_fastv, test_pyramiddrop, test_tome, test_visionzip)
+    module.METHOD: module.check for module in (test_fastv, test_kvpress, test_pyramiddrop, test_tome, test_visionzip)
 }
 CASES = [(method, path) for method in CHECKS for path in find_cases(HOME, method)]
 
