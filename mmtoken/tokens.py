@@ -91,7 +91,8 @@ class VisualTokens:
         size: float[B, N], how many original tokens it stands for (1 until something is merged).
         valid: bool[B, N].
         protected: bool[B, N], separators such as newline tokens: never dropped, never counted.
-        item: int[B, N], the temporal grid step (frame) of the item that the token comes from; 0 for images.
+        item: int[B, N], the part of the item that the token comes from: the temporal grid step (frame) of a video; the
+            crop of a picture that is cut (1, 2, ...), 0 for its thumbnail and for pictures that are not cut.
         grid: per row (frames, rows, columns) of the original tokens, or None where they are not on a grid.
     """
 

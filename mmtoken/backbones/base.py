@@ -58,11 +58,14 @@ class Layout:
         counts: tokens per item, separators included.
         grids: (frames, rows, columns) per item, None where its tokens are not one grid.
         protected: bool[sum(counts)], separators such as newline tokens.
+        crops: int[sum(counts)], for each token of a picture that is cut into crops the number of its crop (1, 2, ... in
+            reading order), 0 for its thumbnail and for pictures that are not cut; None: the call does not tell.
     """
 
     counts: list[int]
     grids: tuple[Grid | None, ...]
     protected: Tensor
+    crops: Tensor | None = None
 
 
 class Backbone(ABC):
@@ -122,6 +125,19 @@ class Backbone(ABC):
             call: the arguments of that call by name.
             tiles: rows that the tower processed.
         """
+
+    def prompt_crops(self, ids: Tensor, places: list[Tensor]) -> list[tuple[int, bool]] | None:
+        """Which items of one prompt are crops of a picture, for families whose crops are items of their own.
+
+        Args:
+            ids: int[L], the token ids of the prompt.
+            places: int[n] positions of each item, in order.
+
+        Returns:
+            Per item (number of the crop, whether its picture is cut): (1, True), (2, True), ... for crops, (0, True)
+            for the thumbnail behind them, (0, False) for a picture that is not cut. None: crops are no items.
+        """
+        return None
 
     @abstractmethod
     def to_prompt(self, modality: Modality, call: Mapping[str, Any], values: Tensor) -> Tensor:

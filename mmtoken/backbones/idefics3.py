@@ -46,6 +46,24 @@ class Idefics3(Backbone):
             [rows * columns] * tiles, ((1, rows, columns),) * tiles, prefix_flags(tiles * rows * columns, device)
         )
 
+    def prompt_crops(self, ids: Tensor, places: list[Tensor]) -> list[tuple[int, bool]] | None:
+        # Pixels do not tell several pictures from the crops of one. The processor marks every tile with a token right
+        # before it: crops with their row and column, whole pictures with one and the same; a prompt's last tile is one.
+        marks = [int(ids[place[0] - 1]) if int(place[0]) else -1 for place in places]
+        whole = marks[-1]
+        if whole in (-1, self.placeholder_ids("image")):  # a prompt without marks
+            return [(0, False)] * len(places)
+        found: list[tuple[int, bool]] = []
+        crop = 0
+        for mark in marks:
+            if mark == whole:
+                found.append((0, crop > 0))
+                crop = 0
+            else:
+                crop += 1
+                found.append((crop, True))
+        return found
+
     def to_prompt(self, modality: Modality, call: Mapping[str, Any], values: Tensor) -> Tensor:
         return unit_mean(values, *self._grid(call), self.model.config.scale_factor).flatten(0, 1)
 

@@ -48,16 +48,20 @@ class LlavaOneVision(Backbone):
         video: Tensor = call["pixel_values"] if pixels is None else pixels
         return video
 
-    def _tiles(self, call: Mapping[str, Any]) -> list[int]:
-        """Tiles per image: one where several images share a prompt, else a base view and the crops of its grid."""
+    def _crop_grids(self, call: Mapping[str, Any]) -> list[tuple[int, int] | None]:
+        """Rows and columns of crops per image: None where several images share a prompt, for they are not cut."""
         sizes = torch.as_tensor(call["image_sizes"]).tolist()
         counts = call.get("batch_num_images")
         patched = [True] * len(sizes) if counts is None else [n == 1 for n in counts for _ in range(int(n))]
         size = int(self.model.config.vision_config.image_size)
         return [
-            1 + math.prod(_best_resolution(image, self.model.config.image_grid_pinpoints, size)) if crop else 1
+            _best_resolution(image, self.model.config.image_grid_pinpoints, size) if crop else None
             for image, crop in zip(sizes, patched, strict=True)
         ]
+
+    def _tiles(self, call: Mapping[str, Any]) -> list[int]:
+        """Tiles per image: the base view and the crops."""
+        return [1 if grid is None else 1 + math.prod(grid) for grid in self._crop_grids(call)]
 
     def layout(self, modality: Modality, call: Mapping[str, Any], tiles: int) -> Layout:
         side = self._side()
@@ -72,7 +76,25 @@ class LlavaOneVision(Backbone):
         ones = torch.ones(tiles, side * side, 1, device=call["pixel_values"].device)
         packed = self._pack(call, ones)
         grids: tuple[Grid | None, ...] = tuple((1, side, side) if n == 1 else None for n in tile_counts)
-        return Layout([len(p) for p in packed], grids, torch.cat(packed)[:, 0] < 0.5)
+        protected = torch.cat(packed)[:, 0] < 0.5
+        return Layout([len(p) for p in packed], grids, protected, self._crops(call, protected, side * side))
+
+    def _crops(self, call: Mapping[str, Any], protected: Tensor, patches: int) -> Tensor:
+        """int[tokens]: the crop of each token, 0 for base views; newline tokens belong to what is before them."""
+        grids = self._crop_grids(call)
+        at = []
+        for grid in grids:
+            rows, columns = grid or (0, 0)
+            inside = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2) + 1
+            at.append(torch.cat([torch.zeros(1, 2, dtype=torch.long), inside]))
+        # Rows and columns apart: where the model scales the crops down, a mean of two numbers is one between them only
+        # if they are neighbours.
+        values = torch.cat(at).float()[:, None].expand(-1, patches, -1).to(protected.device)
+        crops = []
+        for item, grid in zip(self._pack(call, values), grids, strict=True):
+            row, column = item.round().long().unbind(-1)
+            crops.append(((row - 1) * (1 if grid is None else grid[1]) + column).masked_fill(row == 0, 0))
+        return _fill(torch.cat(crops), protected)
 
     def _pack(self, call: Mapping[str, Any], values: Tensor) -> list[Tensor]:
         newline = torch.zeros(values.shape[-1], device=values.device, dtype=values.dtype)
@@ -109,6 +131,12 @@ class LlavaOneVision(Backbone):
             raise UnsupportedError("LLaVA-OneVision stacks videos: leave the same number of frames in each of a batch.")
         name = "pixel_values" if call.get("pixel_values_videos") is None else "pixel_values_videos"
         return {**call, name: torch.stack([clip[pick] for clip, pick in zip(call[name], picks, strict=True)])}
+
+
+def _fill(values: Tensor, gaps: Tensor) -> Tensor:
+    """`values` [n] with those at `gaps` bool[n] replaced by the last one before them."""
+    place = torch.arange(len(values), device=values.device).masked_fill(gaps, 0).cummax(0).values
+    return values[place]
 
 
 def _best_resolution(size: list[int], pinpoints: list[list[int]], tile: int) -> tuple[int, int]:

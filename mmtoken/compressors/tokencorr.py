@@ -170,6 +170,11 @@ class TokenCorr(Compressor):
     ) -> None:
         """Compress one crop: the tokens at `where` int[N] of a row; changes the last three."""
         deep, low, keys = (values[row, where].float() for values in (facts.deep, facts.low, facts.keys))
+        most = kept_count(self.keep, len(where))
+        # The token for all dropped ones counts; with one token in all, the kept one is more use.
+        extra = self.aggregate == "prumerge32" and most > 1
+        if extra and most < len(where):
+            most -= 1
         chosen = select(
             deep,
             low,
@@ -178,14 +183,16 @@ class TokenCorr(Compressor):
             tau_c=self.tau_c,
             factor=self.factor,
             n_min=self.n_min,
-            most=kept_count(self.keep, len(where)),
+            most=most,
             seed=seed if self.sampling == "multinomial" else None,
         )
         if self.aggregate == "none":
             kept[row, where[chosen]] = True
             return
-        merge = nearest_mean if self.aggregate == "nearest_mean" else prumerge32
-        index, merged, stands_for = merge(features[row, where], size[row, where], deep, keys, chosen)
+        given = (features[row, where], size[row, where], deep, keys, chosen)
+        index, merged, stands_for = (
+            nearest_mean(*given) if self.aggregate == "nearest_mean" else prumerge32(*given, extra=extra)
+        )
         kept[row, where[index]] = True
         features[row, where[index]] = merged.to(features.dtype)
         size[row, where[index]] = stands_for.to(size.dtype)
@@ -295,7 +302,7 @@ def nearest(keys: Tensor, among: Tensor, of: Tensor, chunk: int = 256) -> Tensor
 def nearest_mean(
     features: Tensor, size: Tensor, attention: Tensor, keys: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each dropped patch goes to the kept one with the most similar key, which becomes the weighted mean of its patches.
+    """Each dropped patch goes to the kept one with the most similar key, which becomes the weighted mean of both.
 
     Args:
         features: float[N, D].
@@ -325,7 +332,14 @@ def nearest_mean(
 
 
 def prumerge32(
-    features: Tensor, size: Tensor, attention: Tensor, keys: Tensor, kept: Tensor, chunk: int = 256
+    features: Tensor,
+    size: Tensor,
+    attention: Tensor,
+    keys: Tensor,
+    kept: Tensor,
+    chunk: int = 256,
+    *,
+    extra: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each kept patch adds its 32 nearest other patches times their attention; one more token adds up the dropped ones.
 
@@ -334,6 +348,8 @@ def prumerge32(
 
     Args:
         features, size, attention, keys, kept: as for `nearest_mean`.
+        chunk: kept patches compared at a time.
+        extra: whether there is the token for the dropped ones.
 
     Returns:
         (int[K + 1] ascending, float[K + 1, D], float[K + 1] sizes); K without dropped patches.
@@ -352,7 +368,7 @@ def prumerge32(
     dropped = gone.nonzero()[:, 0]
     sizes = size.clone()
     index = kept
-    if len(dropped):
+    if extra and len(dropped):
         place = dropped[attention[dropped].argmax()]
         merged[place] = weighted[dropped].sum(0)
         sizes[place] = size[dropped].sum()
@@ -361,5 +377,6 @@ def prumerge32(
 
 
 def _check_number(field: str, value: object, lowest: float, highest: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and lowest <= value <= highest):  # type: ignore[arg-type,operator]
         raise MMTokenError(f"{field}={value!r} is out of range; give a number from {lowest} to {highest}.")

@@ -42,6 +42,7 @@ class CallContext(Context):
         self.original_counts = call.entered or [int(n) for n in eligible.sum(-1).tolist()]
         self.steps = list(call.tokens.steps)
         self.memory = call.memory
+        self.cropped = call.items.cropped or None
         self._decoder = decoder
         self._hidden = hidden
         self._past = past

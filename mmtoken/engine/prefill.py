@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from mmtoken.backbones.base import Layout, Modality
+from mmtoken.backbones.base import Backbone, Layout, Modality
 from mmtoken.engine import gather
 from mmtoken.engine.encode import Encoded
 from mmtoken.errors import InputError
@@ -34,6 +34,8 @@ class Items:
         cls: float[I, D] or None.
         seeds: per item, or None.
         known: whether the encoder call was seen, so that tower facts exist.
+        crops: int[I, N], see `Layout.crops`; None where no picture is cut.
+        cropped: per item, whether it is, or belongs to, a picture that is cut into crops.
     """
 
     rows: list[int]
@@ -47,6 +49,8 @@ class Items:
     cls: Tensor | None = None
     seeds: list[int] | None = None
     known: bool = False
+    crops: Tensor | None = None
+    cropped: list[bool] = field(default_factory=list)
 
     def spans(self) -> list[tuple[int, Tensor]]:
         """(row, int[n] positions) of every item."""
@@ -106,6 +110,24 @@ def locate(visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> Item
     return _stack(
         [rows[i] for i in order], [spans[i] for i in order], [grids[i] for i in order], [sources[i] for i in order]
     )
+
+
+def number_crops(items: Items, backbone: Backbone, ids: Tensor | None) -> None:
+    """Note which items are crops, for families whose crops are items of their own.
+
+    Args:
+        items: changed in place.
+        backbone: knows the marks in a prompt.
+        ids: int[B, L] of the prompt; without them every item counts as a picture of its own.
+    """
+    if ids is None or items.crops is None:
+        return
+    for row in sorted(set(items.rows)):
+        mine = [i for i, other in enumerate(items.rows) if other == row]
+        found = backbone.prompt_crops(ids[row], [items.places[i][items.valid[i]] for i in mine])
+        for i, (number, cropped) in zip(mine, found or (), strict=found is not None):
+            items.crops[i] = number
+            items.cropped[i] = cropped
 
 
 def check_placeholders(mask: Tensor, record: Encoded) -> None:
@@ -185,6 +207,12 @@ def _stack(
         [record.layout.protected[first : first + n] for record, _, first, n in known], batch_first=True
     ).to(places.device)
     items.mass, items.size = collect("mass"), collect("size")
+    crops = [
+        valid.new_zeros(n, dtype=torch.long) if record.layout.crops is None else record.layout.crops[first : first + n]
+        for record, _, first, n in known
+    ]
+    items.crops = torch.nn.utils.rnn.pad_sequence(crops, batch_first=True).to(places.device)
+    items.cropped = items.crops.any(-1).tolist()
     if all(record.tower is not None for record, *_ in known):
 
         @functools.cache

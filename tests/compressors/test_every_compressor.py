@@ -21,7 +21,21 @@ from mmtoken.errors import InputError, KeepError
 from tests.compressors.batches import SETTINGS, act, budgets, item, lengths, make, subset
 
 every = pytest.mark.parametrize("name", SETTINGS)
-reading = pytest.mark.parametrize("name", ["divprune", "fastv", "pyramiddrop", "tome", "visionzip"])
+budgeted = pytest.mark.parametrize("name", [name for name in SETTINGS if name != "regionmask"])
+reading = pytest.mark.parametrize(
+    "name",
+    [
+        "cdpruner",
+        "divprune",
+        "fastv",
+        "holov",
+        "prumerge",
+        "pyramiddrop",
+        "tome",
+        "visionzip",
+        "vispruner",
+    ],
+)
 
 
 def with_keep(name: str, keep: int | float) -> Compressor:
@@ -42,7 +56,7 @@ def test_every_compressor_is_covered():
 # ----------------------------------------------------------------------------------------------------------- behaviour
 
 
-@every
+@budgeted
 @settings(deadline=None, max_examples=25)
 @given(sizes=lengths(), keep=budgets(), seed=st.integers(0, 999), separators=st.booleans())
 def test_the_budget_is_met_as_declared_and_separators_stay(name, sizes, keep, seed, separators):
@@ -52,6 +66,8 @@ def test_the_budget_is_met_as_declared_and_separators_stay(name, sizes, keep, se
     wanted, found = tokens.budget(keep), left.counts()
     if method.budget == "exact":
         assert found == wanted
+    elif method.budget == "adaptive":
+        assert all(1 <= n <= total for n, total in zip(found, tokens.counts(), strict=True))
     else:
         assert method.budget == "at_most" and all(1 <= n <= most for n, most in zip(found, wanted, strict=True))
     for row in range(len(sizes)):
@@ -175,6 +191,19 @@ def test_controls_that_read_no_features_do_not_mind_not_a_number(name):
 
 BAD_SETTINGS = [
     *(("fastv", "layer", value) for value in (0, -1, True, "2", 2.0, None, [2], np.int64(2))),
+    *(("cdpruner", "sign_flip", value) for value in (1, None, "yes")),
+    *(("cdpruner", "theta", value) for value in (0.0, 1.0, -0.5, math.nan, 1, True, "0.5")),
+    *(("dycoke", "variant", value) for value in ("official", None, True)),
+    *(("holov", "crops", value) for value in (0, -1, True, "16", 4.0, None)),
+    *(("holov", "weight", value) for value in (-0.1, math.nan, math.inf, 1, True, "0.09", None)),
+    *(("prumerge", field, value) for field in ("adaptive", "plus") for value in (1, None, "yes")),
+    *(("prumerge", "neighbours", value) for value in (-1, True, "32", 4.0, None)),
+    *(("prumerge", "variant", value) for value in ("official", None)),
+    *(("regionmask", "dilation", value) for value in (-1, True, "1", 1.0, None)),
+    *(("regionmask", "mode", value) for value in ("learned", None, True)),
+    *(("regionmask", "site", value) for value in ("pixels", None, True)),
+    *(("vispruner", "important", value) for value in (-0.1, 1.1, math.nan, 1, True, "0.5", None)),
+    *(("vispruner", "step", value) for value in (0, True, "8", 8.0, None)),
     *(("visionzip", "contextual", value) for value in (-1, True, "4", 4.0, [4], np.int64(4))),
     *(("visionzip", "variant", value) for value in ("official", None, True, ["repo"])),
     *(("pyramiddrop", "variant", value) for value in ("official", None, 1)),
@@ -217,7 +246,7 @@ def test_unknown_positions_are_refused_by_every_compressor(name, positions):
         dataclasses.replace(SETTINGS[name], positions=positions)
 
 
-@every
+@budgeted
 def test_settings_cannot_be_changed_and_can_be_hashed_and_compared(name):
     method = SETTINGS[name]
     with pytest.raises(dataclasses.FrozenInstanceError):

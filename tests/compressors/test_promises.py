@@ -17,11 +17,13 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 # One line per entry, in alphabetical order: name -> what the class says about keep=1.0.
 NOT_THE_PLAIN_MODEL: dict[str, str] = {
     "downscale": "averages over cells, and images are re-sampled",
+    "tokencorr": "keep is an upper bound; the density of the crops decides",
 }
 
 # name -> (what the class declares, why the budget cannot be met exactly).
 NO_EXACT_BUDGET: dict[str, tuple[str, str]] = {
     "downscale": ("at_most", "a smaller grid has whole rows and columns"),
+    "tokencorr": ("adaptive", "the density of each crop decides, keep bounds it"),
 }
 
 

@@ -18,19 +18,26 @@ from torch import Tensor, nn
 
 from mmtoken.compressors import (
     TOVA,
+    CDPruner,
     Compressor,
     DivPrune,
     Downscale,
+    DyCoke,
     ExpectedAttention,
     FastV,
+    HoloV,
     KeyDiff,
     Knorm,
+    PruMerge,
     PyramidDrop,
     Random,
+    RegionMask,
     SnapKV,
+    TokenCorr,
     ToMe,
     UniformGrid,
     VisionZip,
+    VisPruner,
 )
 from mmtoken.engine.report import Report
 from tests import oracle
@@ -58,9 +65,32 @@ COMPRESSORS: dict[str, Compressor] = {
     "divprune": DivPrune(keep=0.3),
     "divprune-count": DivPrune(keep=3),
     "divprune-renumber": DivPrune(keep=0.3, positions="renumber"),
+    "cdpruner": CDPruner(keep=0.3),
+    "cdpruner-count": CDPruner(keep=3, theta=0.5, sign_flip=True),
+    "cdpruner-renumber": CDPruner(keep=0.3, positions="renumber"),
+    "dycoke": DyCoke(keep=0.3),
+    "dycoke-count": DyCoke(keep=3),
+    "dycoke-renumber": DyCoke(keep=0.3, positions="renumber"),
+    "holov": HoloV(keep=0.4, crops=4),
+    "holov-count": HoloV(keep=3),
+    "holov-renumber": HoloV(keep=0.4, positions="renumber"),
+    "prumerge": PruMerge(),
+    "prumerge-plus": PruMerge(plus=True, neighbours=3),
+    "prumerge-fixed": PruMerge(keep=0.4, adaptive=False, neighbours=3),
+    "prumerge-fixed-plus": PruMerge(keep=0.4, adaptive=False, plus=True),
+    "prumerge-repo": PruMerge(keep=0.4, adaptive=False, plus=True, variant="repo"),
+    "prumerge-renumber": PruMerge(keep=0.4, adaptive=False, positions="renumber"),
+    "tokencorr": TokenCorr(keep=0.6, tau_s=0.3, tau_c=0),
+    "tokencorr-bounded": TokenCorr(keep=0.4, low=0, aggregate="prumerge32"),
+    "tokencorr-drawn": TokenCorr(keep=0.6, tau_s=0.3, sampling="multinomial", heads="mean", aggregate="none"),
+    "tokencorr-outputs": TokenCorr(keep=0.5, deep=0, low=1, reading="outputs"),
+    "tokencorr-renumber": TokenCorr(keep=0.6, tau_s=0.3, positions="renumber"),
     "tome": ToMe(keep=0.5),
     "tome-count": ToMe(keep=3),
     "tome-renumber": ToMe(keep=0.5, positions="renumber"),
+    "vispruner": VisPruner(keep=0.4, step=2),
+    "vispruner-count": VisPruner(keep=3, important=0.7),
+    "vispruner-renumber": VisPruner(keep=0.4, positions="renumber"),
     "snapkv": SnapKV(keep=0.4, window=4, kernel=3),
     "snapkv-count": SnapKV(keep=3, window=2, kernel=5, pooling="max"),
     "knorm": Knorm(keep=0.4),
@@ -77,6 +107,12 @@ COMPRESSORS: dict[str, Compressor] = {
     "downscale": Downscale(keep=0.4),
     "downscale-count": Downscale(keep=3),
     "downscale-renumber": Downscale(keep=0.4, positions="renumber"),
+    "regionmask": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),)),
+    "regionmask-zero": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="zero"),
+    "regionmask-mean": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="mean"),
+    "regionmask-mask": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="mask"),
+    "regionmask-patches-zero": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="zero", site="patches"),
+    "regionmask-patches": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), site="patches"),
 }
 
 ANCHOR_COMPRESSORS = ("divprune", "fastv", "pyramiddrop")
@@ -91,6 +127,13 @@ def refused(name: str, cell: Cell) -> str | None:
     if "prepare" in COMPRESSORS[name].sites and cell[0] in DYNAMIC:
         return "before the processor"
     return None
+
+
+def drops(name: str, cell: Cell) -> bool:
+    """Whether a pair lets tokens go: filling a region leaves all, and DyCoke passes images unchanged."""
+    return not name.startswith(("regionmask-zero", "regionmask-mean", "regionmask-patches-zero")) and (
+        not name.startswith("dycoke") or cell[1] == "video"
+    )
 
 
 def _rest() -> set[tuple[str, Cell]]:

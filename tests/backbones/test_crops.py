@@ -1,0 +1,135 @@
+"""Which visual tokens are crops, which a thumbnail: against what the prompts and pictures were made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from mmtoken import VisualTokens, compress
+from mmtoken.backbones.registry import adapt
+from mmtoken.compressors import Context, Random
+from mmtoken.engine.inputs import compress_inputs
+from tests.backbones.tiny_models import build, inputs, special_ids
+
+SEEN: list[tuple[list[list[int]], list[bool] | None]] = []
+
+
+@dataclass(frozen=True)
+class Watch(Random):
+    """Notes how tokens are numbered when they reach the decoder."""
+
+    def llm_input(self, tokens: VisualTokens, ctx: Context) -> VisualTokens:
+        numbers = [item[valid].tolist() for item, valid in zip(tokens.item, tokens.valid, strict=True)]
+        SEEN.append((numbers, ctx.cropped))
+        return tokens
+
+
+@torch.no_grad()
+def seen(model: Any, batch: dict[str, torch.Tensor]) -> tuple[list[list[int]], list[bool] | None]:
+    """Numbers of the tokens of every item, and whether it is cut; the same in a call, in beams and ahead of a call."""
+    SEEN.clear()
+    with compress(model, Watch(keep=1.0)):
+        model(**batch)
+        model.generate(**batch, num_beams=2, max_new_tokens=1)
+    compress_inputs(model, Watch(keep=1.0), batch)
+    call, beams, ahead = SEEN
+    assert call == ahead
+    rows = len(batch["input_ids"])
+    if len(call[0]) == rows:  # one item per row; beams repeat rows
+        assert beams[0] == [numbers for numbers in call[0] for _ in range(2)]
+    assert len(beams[0]) == 2 * len(call[0])
+    return call
+
+
+BASE = [0] * 9
+# Rows of 3 x 3 patches side by side, with a newline behind each. The picture of four crops fills the four rows of
+# patches in the middle of six.
+ONE = ([1] * 3 + [1]) * 3
+TWO = ([1] * 3 + [2] * 3 + [2]) * 3
+FOUR = ([1] * 3 + [2] * 3 + [2]) * 2 + ([3] * 3 + [4] * 3 + [4]) * 2
+
+
+@pytest.mark.parametrize(
+    ("case", "numbers"),
+    [
+        ("single", [BASE + TWO]),
+        ("ragged", [BASE + ONE, BASE + FOUR]),
+        ("padded_ragged", [BASE + FOUR, BASE + ONE, BASE + TWO]),
+    ],
+)
+def test_onevision_numbers_crops_as_they_are_put_together(case, numbers):
+    model = build("llava_onevision")
+    found, cropped = seen(model, inputs(model, "llava_onevision", "image", case))
+    assert found == numbers and cropped == [True] * len(numbers)
+
+
+def test_onevision_does_not_cut_several_pictures_of_a_prompt():
+    model = build("llava_onevision")
+    found, cropped = seen(model, inputs(model, "llava_onevision", "image", "multi_image"))
+    assert found == [[0] * 10, [0] * 10, BASE + TWO] and cropped == [False, False, True]
+
+
+def test_onevision_crops_that_the_model_scales_down_keep_their_numbers():
+    """3 x 3 crops of 3 x 3 patches, scaled to at most 2 tiles' worth of patches: 9 x 9 become 4 x 4."""
+    model = build("llava_onevision")
+    model.config.image_grid_pinpoints = [[126, 126]]
+    model.config.vision_aspect_ratio = "anyres_max_2"
+    call = {"pixel_values": torch.zeros(1, 10, 3, 42, 42), "image_sizes": torch.tensor([[126, 126]])}
+    layout = adapt(model).layout("image", call, 10)
+    grid = layout.crops[9:].view(4, 5)[:, :4]
+    assert layout.counts == [29] and layout.protected[9:].view(4, 5)[:, 4].all()
+    expected = [[3 * row + column + 1 for column in (0, 1, 1, 2)] for row in (0, 1, 1, 2)]
+    assert grid.tolist() == expected
+
+
+@pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
+@pytest.mark.parametrize(
+    ("case", "items"),
+    [
+        ("single", [(1, True), (2, True), (0, True)]),
+        ("multi_image", [(1, True), (2, True), (0, True)] * 3),
+        # 2 x 2 crops, a picture that is not split, and one above another.
+        (
+            "padded_ragged",
+            [(1, True), (2, True), (3, True), (4, True), (0, True), (0, False), (1, True), (2, True), (0, True)],
+        ),
+        ("text_row", [(1, True), (2, True), (0, True)]),
+    ],
+)
+def test_idefics_tells_crops_by_the_marks_in_the_prompt(family, case, items):
+    model = build(family)
+    batch = inputs(model, family, "image", case)
+    found, cropped = seen(model, batch)
+    tokens = len(found[0])
+    assert found == [[number] * tokens for number, _ in items] and cropped == [cut for _, cut in items]
+
+
+def test_idefics_pictures_that_are_not_split_are_not_the_crops_of_one():
+    """Three pictures of one tile each have the same pixels as one picture of two crops and its thumbnail."""
+    model = build("idefics3")
+    batch = inputs(model, "idefics3", "image", "single")
+    ids, marks = batch["input_ids"].clone(), special_ids("idefics3")
+    for name in ("<row_1_col_1>", "<row_1_col_2>", "<row_2_col_1>"):
+        ids[ids == marks[name]] = marks["<global-img>"]
+    found, cropped = seen(model, {**batch, "input_ids": ids})
+    assert {n for numbers in found for n in numbers} == {0} and cropped == [False] * 3
+
+
+def test_idefics_prompts_without_marks_or_ids_hold_pictures_that_are_not_cut():
+    model = build("idefics3")
+    backbone = adapt(model)
+    image = backbone.placeholder_ids("image")
+    places = [torch.arange(2, 6), torch.arange(6, 10)]
+    assert backbone.prompt_crops(torch.tensor([5, 6, *[image] * 8]), places) == [(0, False)] * 2
+    assert backbone.prompt_crops(torch.full((10,), image), [torch.arange(4), torch.arange(4, 8)]) == [(0, False)] * 2
+    assert adapt(build("llava")).prompt_crops(torch.zeros(3), places) is None
+
+
+def test_other_families_have_no_crops():
+    for family in ("llava", "qwen2_5_vl"):
+        model = build(family)
+        found, cropped = seen(model, inputs(model, family, "image", "single"))
+        assert {n for numbers in found for n in numbers} == {0} and cropped in (None, [False])
