@@ -21,7 +21,6 @@ from mmtoken.compressors import (
     BUS,
     TOVA,
     TRIPS,
-    TOVA,
     CDPruner,
     Compressor,
     DivPrune,
