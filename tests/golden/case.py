@@ -22,6 +22,7 @@ HOME = Path(__file__).parent
 METHODS = (
     "dycoke",
     "fastv",
+    "flowcut",
     "kvpress",
     "prumerge",
     "pyramiddrop",
