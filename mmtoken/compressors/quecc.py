@@ -83,7 +83,7 @@ class QueCC(Compressor):
     @property
     def kernel(self) -> int:
         """k, the side of a window."""
-        return math.ceil(float(self.keep) ** -0.5 - 1e-9)
+        return math.ceil(math.sqrt(1 / self.keep) - 1e-9)
 
     def tower_layers(self, depth: int, blocks: int) -> tuple[int, ...]:
         if self.levels is None:
@@ -164,9 +164,10 @@ class QueCCParts(nn.Module):
         key, value = (_gather(part(levels), index, inside).flatten(0, 1) for part in (self.key, self.value))
         # A window of padding attends to zeros, since softmax over nothing is not a number.
         hidden = ~(inside | ~inside.any(-1, keepdim=True)).flatten(0, 1)
-        made, _ = self.attention(pooled.flatten(0, 1)[:, None], key, value, key_padding_mask=hidden, need_weights=False)
-        result: Tensor = made[:, 0].unflatten(0, index.shape[:2])
-        return result
+        made: Tensor = self.attention(
+            pooled.flatten(0, 1)[:, None], key, value, key_padding_mask=hidden, need_weights=False
+        )[0]
+        return made[:, 0].unflatten(0, index.shape[:2])
 
 
 def _mlp(width_in: int, width: int) -> nn.Sequential:
