@@ -155,7 +155,9 @@ def compress(model: nn.Module, method: Compressor, **options: Any) -> mmtoken.Se
 
 
 def drops(name: str, cell: Cell) -> bool:
-    """Whether a pair lets tokens go: filling a region leaves all, and DyCoke passes images unchanged."""
+    """Whether tokens leave the sequence: filling a region leaves all, presses too, and DyCoke passes images."""
+    if COMPRESSORS[name].sites == {"cache"}:
+        return False
     return not name.startswith(("regionmask-zero", "regionmask-mean", "regionmask-patches-zero")) and (
         not name.startswith("dycoke") or cell[1] == "video"
     )

@@ -15,6 +15,7 @@ from tests.contract.matrix import COMPRESSORS, Cell, assert_close, batch, compre
 from tests.contract.reference import (
     alone,
     assert_items_are_the_placeholders,
+    evicted_by_layer,
     given_prompts,
     recording,
     with_merged,
@@ -34,10 +35,18 @@ def test_dropping_equals_masking(name: str, cell: Cell, case: str, attn: str) ->
     report = session.report
     assert len(session.reports) == 2
     assert_items_are_the_placeholders(report, model, inputs)
+    evicts = "cache" in method.sites
     assert (sum(report.tokens_out) < sum(report.tokens_in)) == drops(name, cell)
+    assert (report.kv_bytes < report.kv_bytes_dense) >= evicts
     keep = keeps(report, cell, case)
+    evicted = evicted_by_layer(report, keep)
+    assert bool(evicted) == evicts
     prompts = [with_merged(report, calls[0])] if method.merges else []
-    with given_prompts(model, prompts), oracle.masked_keys(model, keep):
+    with (
+        given_prompts(model, prompts),
+        oracle.masked_keys(model, evicted, decode_only=True),
+        oracle.masked_keys(model, keep),
+    ):
         want_forward = logits(model, inputs)
         want = oracle.generate_with_logits(model, inputs, max_new_tokens=4)
     left = keep[max(keep)] & inputs["attention_mask"].bool()
@@ -65,6 +74,8 @@ def test_mask_mode_answers_like_drop_mode(name: str, cell: Cell, case: str) -> N
     assert all(lengths == report.prompt_lengths for lengths in session.report.layer_lengths)
     leaves = drops(name, cell) and not method.hides()
     assert any(lengths != report.prompt_lengths for lengths in report.layer_lengths) == leaves
+    if "cache" in method.sites:
+        assert report.kv_bytes < session.report.kv_bytes
 
 
 @pairs()
