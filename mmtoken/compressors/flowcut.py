@@ -162,7 +162,7 @@ class FlowCutHR(FlowCut):
         scores = text_flow(of_last(words.query), of_last(words.value), states.key, states.value, tokens.eligible)
         ctx.scores = scores
         counts = [
-            kept_count(self.keep, total, steps) for total, steps in zip(ctx.original_counts, tokens.steps, strict=True)
+            kept_count(self.keep, total, steps) for total, steps in zip(ctx.dense_counts, tokens.steps, strict=True)
         ]
         return tokens.top(scores, counts)
 
