@@ -9,6 +9,7 @@ from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.dycoke import DyCoke
 from mmtoken.compressors.expectedattention import ExpectedAttention
 from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.flowcut import FlowCut, FlowCutHR
 from mmtoken.compressors.holov import HoloV
 from mmtoken.compressors.keydiff import KeyDiff
 from mmtoken.compressors.knorm import Knorm
@@ -41,6 +42,8 @@ __all__ = [
     "DyCoke",
     "ExpectedAttention",
     "FastV",
+    "FlowCut",
+    "FlowCutHR",
     "HoloV",
     "KeyDiff",
     "Knorm",

@@ -412,6 +412,10 @@ class Compressor(ABC):
         """What to record of generated tokens for `history`; None: nothing."""
         return None
 
+    def encoder_keep(self) -> int | float:
+        """Budget of tokens that enter the decoder, for methods that cut in the tower and again in the decoder."""
+        return self.keep
+
     def hides(self) -> bool:
         """Whether tokens that are let go stay in the decoder's sequence, unseen by the others (as mode="mask")."""
         return False

@@ -15,6 +15,7 @@ from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.dycoke import DyCoke
 from mmtoken.compressors.expectedattention import ExpectedAttention
 from mmtoken.compressors.fastv import FastV
+from mmtoken.compressors.flowcut import FlowCut, FlowCutHR
 from mmtoken.compressors.holov import HoloV
 from mmtoken.compressors.keydiff import KeyDiff
 from mmtoken.compressors.knorm import Knorm
@@ -55,6 +56,8 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     DART,
     TransPrune,
     VLAPruner,
+    FlowCut,
+    FlowCutHR,
     SnapKV,
     Knorm,
     ExpectedAttention,

@@ -260,7 +260,7 @@ class DecoderHooks:
         if acted == {"frames"}:
             return tokens.where((items.mass > 0) | tokens.protected)
         # Methods that decide how many to keep have decided already.
-        keep = 1.0 if self.compressor.budget == "adaptive" else self.compressor.keep
+        keep = 1.0 if self.compressor.budget == "adaptive" else self.compressor.encoder_keep()
         return most_mass(tokens, items.mass, keep)
 
     def plan(

@@ -16,9 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mmtoken
 from mmtoken.compressors import (
+    BUS,
     DART,
     TOVA,
+    TRIPS,
     CDPruner,
     Compressor,
     DivPrune,
@@ -31,6 +34,7 @@ from mmtoken.compressors import (
     Knorm,
     PruMerge,
     PyramidDrop,
+    QueCC,
     Random,
     RegionMask,
     SnapKV,
@@ -38,6 +42,7 @@ from mmtoken.compressors import (
     SparseVLMPlus,
     TokenCorr,
     ToMe,
+    Trained,
     TransPrune,
     UniformGrid,
     VisionZip,
@@ -105,6 +110,14 @@ COMPRESSORS: dict[str, Compressor] = {
     "tokencorr-drawn": TokenCorr(keep=0.6, tau_s=0.3, sampling="multinomial", heads="mean", aggregate="none"),
     "tokencorr-outputs": TokenCorr(keep=0.5, deep=0, low=1, reading="outputs"),
     "tokencorr-renumber": TokenCorr(keep=0.6, tau_s=0.3, positions="renumber"),
+    "bus": BUS(keep=0.25),
+    "bus-count": BUS(keep=3, queries="learned", share=0.4, layer=2, decoder_layers=2, normalise=True),
+    "bus-renumber": BUS(keep=0.25, positions="renumber"),
+    "quecc": QueCC(keep=0.25),
+    "quecc-renumber": QueCC(keep=0.25, levels=(0,), positions="renumber"),
+    "trips": TRIPS(keep=0.4),
+    "trips-count": TRIPS(keep=5, layers=(1, 2), protect_fused=True, temperature=0.1),
+    "trips-renumber": TRIPS(keep=0.4, normalise=True, positions="renumber"),
     "tome": ToMe(keep=0.5),
     "tome-count": ToMe(keep=3),
     "tome-renumber": ToMe(keep=0.5, positions="renumber"),
@@ -146,7 +159,19 @@ def refused(name: str, cell: Cell) -> str | None:
     """Why a pair cannot be attached, in words that the error must contain; None where it can."""
     if "prepare" in COMPRESSORS[name].sites and cell[0] in DYNAMIC:
         return "before the processor"
+    if COMPRESSORS[name].patchwise_projector and cell[0] != "llava":
+        return "maps every patch by itself"
     return None
+
+
+def ready(model: nn.Module, method: Compressor) -> Compressor | Trained:
+    """The method, with fresh learned parts, always the same ones, if it has any."""
+    return mmtoken.learnable(model, method, seed=0) if method.trainable else method
+
+
+def compress(model: nn.Module, method: Compressor, **options: Any) -> mmtoken.Session:
+    """`mmtoken.compress`, with fresh learned parts for methods that have any."""
+    return mmtoken.compress(model, ready(model, method), **options)
 
 
 def drops(name: str, cell: Cell) -> bool:

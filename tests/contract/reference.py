@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmtoken import attached
 from mmtoken.compressors import Compressor, Context
 from mmtoken.engine.report import Report
 from mmtoken.tokens import VisualTokens
@@ -100,6 +101,9 @@ def recording(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
     calls: list[dict[str, Any]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        session = attached(module)  # type: ignore[arg-type]
+        if session is not None and session.thread.aside:
+            return  # the compressor reads the question, which is no call of the model's
         calls.append(dict(kwargs))
 
     handle = oracle.text_model(model).register_forward_pre_hook(note, with_kwargs=True)

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtoken import compress
 from tests import oracle
-from tests.contract.matrix import COMPRESSORS, assert_close, drops, tiny
+from tests.contract.matrix import COMPRESSORS, assert_close, compress, drops, tiny
 from tests.contract.reference import (
     given_merged,
     given_prompts,

@@ -9,10 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmtoken import compress
 from tests import oracle
 from tests.backbones.tiny_models import CASES
-from tests.contract.matrix import COMPRESSORS, Cell, assert_close, batch, drops, keeps, logits, pairs, tiny
+from tests.contract.matrix import COMPRESSORS, Cell, assert_close, batch, compress, drops, keeps, logits, pairs, tiny
 from tests.contract.reference import (
     alone,
     assert_items_are_the_placeholders,

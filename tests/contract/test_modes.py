@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from transformers import StaticCache
 
-from mmtoken import compress
 from mmtoken.engine.session import Session
 from tests import oracle
 from tests.backbones.tiny_models import CELLS, build, roles
-from tests.contract.matrix import COMPRESSORS, DYNAMIC, Cell, assert_close, batch, keeps, pairs, tiny
+from tests.contract.matrix import COMPRESSORS, DYNAMIC, Cell, assert_close, batch, compress, keeps, pairs, tiny
 from tests.contract.reference import given_merged, given_prompts, masked_per_call, noting_merged, prompts_of, recording
 
 METHODS = ("divprune", "uniformgrid", "random", "fastv", "pyramiddrop", "sparsevlm", "visionzip", "tome", "downscale")

@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtoken import compress
 from tests import oracle
 from tests.backbones.tiny_models import visual_mask
-from tests.contract.matrix import COMPRESSORS, DYNAMIC, Cell, assert_close, batch, keeps, pairs, tiny
+from tests.contract.matrix import COMPRESSORS, DYNAMIC, Cell, assert_close, batch, compress, keeps, pairs, tiny
 from tests.contract.reference import given_merged, noting_merged, prompts_of, recording
 from tests.contract.test_modes import loop, options, two_turns
 
