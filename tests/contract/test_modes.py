@@ -17,7 +17,18 @@ from tests.backbones.tiny_models import CELLS, build, roles
 from tests.contract.matrix import COMPRESSORS, DYNAMIC, Cell, assert_close, batch, keeps, pairs, tiny
 from tests.contract.reference import given_prompts, masked_per_call, recording, with_merged
 
-METHODS = ("divprune", "uniformgrid", "random", "fastv", "pyramiddrop", "visionzip", "tome", "downscale")
+METHODS = (
+    "divprune",
+    "uniformgrid",
+    "random",
+    "fastv",
+    "pyramiddrop",
+    "visionzip",
+    "tome",
+    "downscale",
+    "cdpruner",
+    "prumerge",
+)
 BATCHED: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "temperature": 0.8},
