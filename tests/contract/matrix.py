@@ -175,15 +175,11 @@ def compress(model: nn.Module, method: Compressor, **options: Any) -> mmtoken.Se
 
 
 def drops(name: str, cell: Cell) -> bool:
-    """Whether tokens leave the sequence: filling a region leaves all, presses too, and DyCoke passes images."""
-    if COMPRESSORS[name].sites == {"cache"}:
-        return False
-    return not name.startswith(("regionmask-zero", "regionmask-mean", "regionmask-patches-zero")) and (
-        not name.startswith("dycoke") or cell[1] == "video"
-    )
-    """Whether a pair lets tokens go: filling a region leaves all, DyCoke passes images, VLA-Pruner its first calls."""
+    """Whether tokens leave the sequence: filled regions and presses leave all, DyCoke images, VLA-Pruner at first."""
     whole = ("regionmask-zero", "regionmask-mean", "regionmask-patches-zero", "vlapruner")
-    return not name.startswith(whole) and (not name.startswith("dycoke") or cell[1] == "video")
+    if name.startswith(whole) or COMPRESSORS[name].sites == {"cache"}:
+        return False
+    return not name.startswith("dycoke") or cell[1] == "video"
 
 
 def _rest() -> set[tuple[str, Cell]]:
