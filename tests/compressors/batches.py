@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmtoken.compressors import (
+    BUS,
     DART,
     TOVA,
+    TRIPS,
     CDPruner,
     Compressor,
     Context,
@@ -28,6 +30,7 @@ from mmtoken.compressors import (
     Knorm,
     PruMerge,
     PyramidDrop,
+    QueCC,
     Random,
     RegionMask,
     SnapKV,
@@ -41,10 +44,11 @@ from mmtoken.compressors import (
     VisPruner,
     VLAPruner,
 )
-from mmtoken.compressors.base import CacheEntry, Rows, States, TextTokens, TowerStates, Transition
+from mmtoken.compressors.base import CacheEntry, Dims, Rows, States, TextTokens, TowerStates, Transition
 from mmtoken.tokens import VisualTokens, pick_rows
 
 SETTINGS: dict[str, Compressor] = {
+    "bus": BUS(keep=0.4, heads=1),
     "cdpruner": CDPruner(keep=0.4),
     "dart": DART(keep=0.4),
     "divprune": DivPrune(keep=0.4),
@@ -56,6 +60,7 @@ SETTINGS: dict[str, Compressor] = {
     "holov": HoloV(keep=0.4),
     "prumerge": PruMerge(keep=0.4),
     "pyramiddrop": PyramidDrop(keep=0.4),
+    "quecc": QueCC(keep=0.4, heads=1),
     "random": Random(keep=0.4),
     "regionmask": RegionMask(),
     "tokencorr": TokenCorr(keep=0.4, tau_s=0.5),
@@ -63,6 +68,7 @@ SETTINGS: dict[str, Compressor] = {
     "sparsevlmplus": SparseVLMPlus(keep=0.4),
     "tome": ToMe(keep=0.4),
     "transprune": TransPrune(keep=0.4),
+    "trips": TRIPS(keep=0.4),
     "uniformgrid": UniformGrid(keep=0.4),
     "visionzip": VisionZip(keep=0.4),
     "vispruner": VisPruner(keep=0.4),
@@ -296,6 +302,8 @@ def act(method: Compressor, tokens: VisualTokens, given: Given) -> VisualTokens:
     Of a cache with one head, the tokens whose entries stay are left.
     """
     given.memory.clear()
+    if method.trainable:
+        given.learned = parts(method, given)
     if "vision_layer" in method.sites:
         for layer in range(1, given.depth):
             tokens = method.vision_layer(tokens, layer, given)
@@ -310,6 +318,14 @@ def act(method: Compressor, tokens: VisualTokens, given: Given) -> VisualTokens:
     if "cache" in method.sites:
         tokens = tokens.where(method.cache(entry(tokens, given), 0, given)[:, 0])
     return tokens
+
+
+def parts(method: Compressor, given: Given) -> nn.Module:
+    """Learned parts for these batches, the same ones every time."""
+    width = given.words.shape[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return method.build(Dims(tower=given.keys.shape[-1], tokens=width, llm=width, blocks=given.depth)).eval()
 
 
 def entry(tokens: VisualTokens, given: Given) -> CacheEntry:

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from tests.golden import (
+    test_dycoke,
     test_fastv,
     test_flowcut,
+    test_kvpress,
+    test_prumerge,
     test_pyramiddrop,
     test_sparsevlm,
     test_tome,
@@ -21,8 +24,11 @@ from tests.golden import (
 from tests.golden.case import EXPECTED, HOME, GoldenCase, find_cases
 
 MODULES = (
+    test_dycoke,
     test_fastv,
     test_flowcut,
+    test_kvpress,
+    test_prumerge,
     test_pyramiddrop,
     test_sparsevlm,
     test_tome,
@@ -40,12 +46,12 @@ def fresh(case: GoldenCase) -> GoldenCase:
 
 
 def spoil(case: GoldenCase, name: str, kind: str, seed: int) -> GoldenCase:
-    """The case with one index changed, or one float off by ten times the tolerance of its kind."""
+    """The case with one index changed, or one float off by ten times its tolerance (by a millionth if exact)."""
     spoilt = fresh(case)
     value = spoilt.tensors[name] = case.tensors[name].clone()
     place = int(torch.randint(value.numel(), (), generator=torch.Generator().manual_seed(seed)))
     if value.is_floating_point():
-        value.view(-1)[place] += 10 * float(case.tolerance(kind, value.view(-1)[place]))
+        value.view(-1)[place] += 10 * float(case.tolerance(kind, value.view(-1)[place])) or 1e-6
     else:
         value.view(-1)[place] += 1 if seed % 2 else -1
     return spoilt
