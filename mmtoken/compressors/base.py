@@ -204,8 +204,8 @@ class Context:
     """What the method wants to remember until the next call of one of its sites in the same pass (running scores)."""
 
     cropped: list[bool] | None = None
-    """Per item, whether it is, or belongs to, a picture that is cut into crops: `tokens.item` then numbers them, 0 is the
-    thumbnail. None where pictures are not cut."""
+    """Per item, whether it is, or belongs to, a picture that is cut into crops: `tokens.item` then numbers them from 1,
+    and 0 is the thumbnail. None where pictures are not cut."""
 
     scores: Tensor | None = None
     """float[B, N]: the attention that the method read last, for the report; None if it read none."""

@@ -12,8 +12,8 @@ from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
 from mmtoken.compressors.fastv import FastV
 from mmtoken.compressors.pyramiddrop import PyramidDrop
-from mmtoken.compressors.tokencorr import TokenCorr
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
+from mmtoken.compressors.tokencorr import TokenCorr
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.trained import Trained
 from mmtoken.compressors.transprune import TransPrune

@@ -232,7 +232,8 @@ def outliers(attention: Tensor, factor: float) -> Tensor:
     Quartiles are interpolated linearly; without any spread nothing stands out.
     """
     low, high = torch.quantile(attention.double(), attention.new_tensor([0.25, 0.75], dtype=torch.double))
-    return attention.double() > high + factor * (high - low)
+    bound: Tensor = high + factor * (high - low)
+    return attention.double() > bound
 
 
 def drawing_order(attention: Tensor, seed: int | None) -> Tensor:
@@ -302,7 +303,7 @@ def nearest(keys: Tensor, among: Tensor, of: Tensor, chunk: int = 256) -> Tensor
 def nearest_mean(
     features: Tensor, size: Tensor, attention: Tensor, keys: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each dropped patch goes to the kept one with the most similar key, which becomes the weighted mean of its patches.
+    """Each dropped patch goes to the kept one with the most similar key, which becomes the weighted mean of its own.
 
     Args:
         features: float[N, D].

@@ -7,8 +7,8 @@ a Llama decoder of the same width. Nothing is subclassed: what runs on Idefics3 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
 
@@ -67,12 +67,7 @@ def build_network(config: NetworkConfig | None = None) -> Idefics3ForConditional
         tie_word_embeddings=False,
     )
     whole = Idefics3Config(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE_ID,
-        scale_factor=SCALE,
-        pad_token_id=PAD_ID,
-        tie_word_embeddings=False,
+        vision_config=vision, text_config=text, image_token_id=IMAGE_ID, scale_factor=SCALE, tie_word_embeddings=False
     )
     return Idefics3ForConditionalGeneration(whole)
 
@@ -84,10 +79,10 @@ class TowerStates(nn.Module):
     never are, and the loop cannot be compiled.
     """
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: Any) -> None:
         super().__init__()
         # In a tuple: the weights belong to the network, and shall not be listed twice.
-        self._tower = (tower,)
+        self._tower: tuple[Any] = (tower,)
 
     def forward(self, pixels: Tensor) -> Tensor:
         tower = self._tower[0]
@@ -113,4 +108,5 @@ class AuxiliaryHeads(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Tower output `float[..., D]` -> logits of characters, bars and kinds, `float[..., classes]` each."""
-        return torch.split(self.read(self.norm(hidden)), self.classes, dim=-1)
+        characters, bars, kinds = self.read(self.norm(hidden)).split(self.classes, dim=-1)
+        return characters, bars, kinds

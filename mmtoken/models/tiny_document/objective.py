@@ -80,7 +80,7 @@ class TinyDocument(Objective):
     def states(self, batch: TensorBatch) -> Tensor:
         """Tower output float[B, 7, 64, D]."""
         out: Tensor = self.tower(batch.tiles.flatten(0, 1))
-        return out.unflatten(0, batch.tiles.shape[:2])
+        return out.view(*batch.tiles.shape[:2], *out.shape[1:])
 
     def answer_logits(self, states: Tensor, batch: TensorBatch) -> Tensor:
         """Logits `float[answer tokens, vocabulary]` at the labelled positions."""
