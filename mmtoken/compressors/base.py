@@ -197,6 +197,9 @@ class Context:
     original_counts: list[int]
     """Eligible tokens per item before any cut at this stage (the tower, or the decoder)."""
 
+    encoded_counts: list[int]
+    """Eligible tokens per item before any cut at all, also those in the tower (decoder sites)."""
+
     steps: list[int]
     """Temporal grid steps per item (1 for images), over which an int budget is pooled (decoder sites)."""
 
@@ -204,8 +207,8 @@ class Context:
     """What the method wants to remember until the next call of one of its sites in the same pass (running scores)."""
 
     cropped: list[bool] | None = None
-    """Per item, whether it is, or belongs to, a picture that is cut into crops: `tokens.item` then numbers them from 1,
-    and 0 is the thumbnail. None where pictures are not cut."""
+    """Per item, whether it is, or belongs to, a picture that is cut into crops: `tokens.item` then numbers them, 0 is
+    the thumbnail. None where pictures are not cut."""
 
     scores: Tensor | None = None
     """float[B, N]: the attention that the method read last, for the report; None if it read none."""
@@ -411,6 +414,10 @@ class Compressor(ABC):
     def recording(self, depth: int) -> Recording | None:
         """What to record of generated tokens for `history`; None: nothing."""
         return None
+
+    def encoder_keep(self) -> int | float:
+        """Budget of tokens that enter the decoder, for methods that cut in the tower and again in the decoder."""
+        return self.keep
 
     def hides(self) -> bool:
         """Whether tokens that are let go stay in the decoder's sequence, unseen by the others (as mode="mask")."""

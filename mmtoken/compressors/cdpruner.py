@@ -61,12 +61,13 @@ class CDPruner(Compressor):
         text = ctx.text(tokens)
         features = tokens.features.detach().float()
         refuse_nan(features - features, tokens.eligible, "features")  # infinities become NaN
-        refuse_nan(text.embeddings.detach().float(), text.valid, "text embeddings")
+        words = text.embeddings.detach().float()
+        refuse_nan(words - words, text.valid, "text embeddings")
         mask = tokens.protected.clone()
         for row, budget in enumerate(tokens.budget(self.keep)):
             places = tokens.eligible[row].nonzero()[:, 0]
-            words = text.embeddings[row, text.valid[row]].detach().float()
-            question = words.mean(0, keepdim=True) if len(words) else words
+            question = words[row, text.valid[row]]
+            question = question.mean(0, keepdim=True) if len(question) else question
             weights = relevance(features[row, places], question, self.sign_flip)
             if self.theta is not None:
                 # One below the largest exponent is the same choice: it scales the whole kernel, and cannot overflow.

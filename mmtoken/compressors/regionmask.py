@@ -28,7 +28,9 @@ class RegionMask(Compressor):
 
     No method to save tokens but a probe of what leaks: whatever mixed tokens before the mask acted has carried the
     content of the boxes to their neighbours. At site="patches" the mask acts when the tower's second block begins, so
-    one block has mixed; at site="llm_input" the whole tower has. There is no budget: `keep` is always 1.0.
+    one block has mixed; at site="llm_input" the whole tower has. Models that add features of the tower to deeper layers
+    of the decoder (Qwen3-VL) do so at filled tokens, too; only dropped and masked ones are spared. There is no budget:
+    `keep` is always 1.0.
 
     Boxes are fractions of an item. A processor that cuts an image into tiles makes each tile an item of its own in
     some models (Idefics3, SmolVLM), and inside the tower every row is a tile or frame; tokens on no grid are refused.

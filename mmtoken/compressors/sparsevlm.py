@@ -116,7 +116,7 @@ class SparseVLM(Compressor):
         plans = [self.split(total, left) for total, left in zip(tokens.counts(), lefts, strict=True)]
         kept = top_mask(scores, [count for count, _ in plans], tokens.eligible)
         refuse_nan(tokens.features.detach() * 0, tokens.eligible, "features")  # infinity times 0 is NaN as well
-        return self._merged(tokens, scores, kept, [clusters for _, clusters in plans])
+        return self.merge(tokens, scores, kept, [clusters for _, clusters in plans])
 
     def clusters(self, pruned: int) -> int:
         """How many clusters the recycled ones of so many pruned tokens form."""
@@ -139,14 +139,26 @@ class SparseVLM(Compressor):
                 return kept, left - kept
         return 1, left - 1
 
-    def _merged(self, tokens: VisualTokens, scores: Tensor, kept: Tensor, clusters: list[int]) -> VisualTokens:
-        """The kept tokens and the clusters of the others, by original position."""
+    def best_pruned(self, scores: Tensor, pruned: Tensor) -> Tensor:
+        """int[r]: the recycled ones of an item's pruned tokens bool[N], best score float[N] first."""
+        where = pruned.nonzero()[:, 0]
+        return where[scores[where].argsort(descending=True, stable=True)][: self.recycled(len(where))]
+
+    def merge(self, tokens: VisualTokens, scores: Tensor, kept: Tensor, clusters: list[int]) -> VisualTokens:
+        """The kept tokens and the clusters of the best of the others, by original position.
+
+        Args:
+            tokens: the tokens.
+            scores: float[B, N].
+            kept: bool[B, N].
+            clusters: number of clusters of each item.
+        """
         features, size = tokens.features.clone(), tokens.size.clone()
         sources, index = tokens.source.clone(), []
         for row, count in enumerate(clusters):
             stays = kept[row].nonzero()[:, 0]
-            pruned = (tokens.eligible[row] & ~kept[row]).nonzero()[:, 0]
-            best = pruned[scores[row, pruned].argsort(descending=True, stable=True)][: self.recycled(len(pruned))]
+            best = self.best_pruned(scores[row], tokens.eligible[row] & ~kept[row])
+            best = best if count else best[:0]
             centres, owner = cluster(tokens.features[row, best], count)
             merged = cluster_means(tokens.features[row, best], owner, count)
             features[row, best[centres]] = merged.to(features.dtype)

@@ -303,7 +303,7 @@ def nearest(keys: Tensor, among: Tensor, of: Tensor, chunk: int = 256) -> Tensor
 def nearest_mean(
     features: Tensor, size: Tensor, attention: Tensor, keys: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each dropped patch goes to the kept one with the most similar key, which becomes the weighted mean of its own.
+    """Each dropped patch goes to the kept one with the most similar key, which becomes the weighted mean of both.
 
     Args:
         features: float[N, D].

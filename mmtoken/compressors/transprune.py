@@ -123,7 +123,7 @@ class TransPrune(Compressor):
         change = self.accumulated(tokens, cuts[stage - 1] if stage else 0, layer, ctx)
         scores = self.combine(change, ctx.next_attention(tokens, rows="after"), tokens.eligible)
         counts = [
-            self._count(total, stage, len(cuts), steps)
+            self.count(total, stage, len(cuts), steps)
             for total, steps in zip(ctx.original_counts, tokens.steps, strict=True)
         ]
         return tokens.top(scores, counts)
@@ -163,7 +163,7 @@ class TransPrune(Compressor):
             return self.alpha * change + (1 - self.alpha) * attention
         return _share(change, eligible) + _share(attention, eligible)
 
-    def _count(self, total: int, stage: int, stages: int, steps: int) -> int:
+    def count(self, total: int, stage: int, stages: int, steps: int) -> int:
         """Tokens of an item left after a stage."""
         if self.shares is not None:
             share = self.shares[stage]

@@ -109,10 +109,9 @@ class VLAPruner(Compressor):
         return Recording(layers=layers, tokens=self.action_tokens, calls=self.window)
 
     def llm_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
-        history = ctx.history(tokens)
-        if len(history) < self.window:
+        action = self.action(tokens, ctx)
+        if action is None:
             return tokens
-        action = smooth(history[-self.window :], self.gamma, tokens.eligible, variant=self.variant)
         semantic = self.semantic(tokens, layer - 1, ctx)
         counts = self.counts(tokens)
         candidates = top_mask(semantic, counts, tokens.eligible) | top_mask(action, counts, tokens.eligible)
@@ -122,6 +121,13 @@ class VLAPruner(Compressor):
         for row, count in enumerate(counts):
             stays[row, diverse(embeddings[row], candidates[row], count)] = True
         return tokens.where(stays | tokens.protected)
+
+    def action(self, tokens: VisualTokens, ctx: Context) -> Tensor | None:
+        """float32[B, N]: smoothed action attention of the last calls; None until there are enough of them."""
+        history = ctx.history(tokens)
+        if len(history) < self.window:
+            return None
+        return smooth(history[-self.window :], self.gamma, tokens.eligible, variant=self.variant)
 
     def semantic(self, tokens: VisualTokens, layer: int, ctx: Context) -> Tensor:
         """float[B, N]: the attention that `rows` pay in a layer."""

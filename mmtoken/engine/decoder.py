@@ -20,12 +20,11 @@ from mmtoken.engine.context import CallContext
 from mmtoken.engine.encoder import encoded_by, forget
 from mmtoken.engine.eviction import Eviction
 from mmtoken.engine.flops import DecoderShape
+from mmtoken.engine.listening import Listening
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber
 from mmtoken.engine.prefill import Cut, Items, Prefill, check_placeholders, locate, most_mass, number_crops
 from mmtoken.engine.prompt import placeholders, prompt_of
-from mmtoken.engine.recorder import Recorder
-from mmtoken.engine.states import LayerStates
 from mmtoken.errors import InputError, UnsupportedError
 from mmtoken.tokens import VisualTokens
 
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 _PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
 _BEFORE_DECODER = {"frames", "vision_layer", "project", "llm_input"}
 _DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", CACHE)
-_ATTENTION_NEEDS = {"text_attention", "next_attention", "decoder_states", "history"}
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -57,12 +55,7 @@ class DecoderHooks:
         self.depth = depth
         self.shape = DecoderShape.from_config(decoder.config)
         self.cuts = self.compressor.cut_layers(depth)
-        self.scored = self.compressor.score_layers(depth)
-        self.watched = self.compressor.watched_layers(depth)
-        self.recording = self.compressor.recording(depth)
-        recorded = () if self.recording is None else self.recording.layers
-        self.read = tuple(sorted({*self.scored, *recorded}))
-        self.tapped: dict[int, int] = {}
+        self.listening = Listening(session, decoder)
         self.eviction = Eviction(session, decoder, self._context)
         root = self.backbone.root
         self.separate_root = root is not decoder
@@ -80,29 +73,14 @@ class DecoderHooks:
             keep(root.register_forward_hook(self._root_post, always_call=True))
         keep(decoder.register_forward_pre_hook(self._decoder_pre, with_kwargs=True))
         keep(decoder.register_forward_hook(self._decoder_post, always_call=True))
-        if self.cuts or self.read or self.eviction.acts:
-            for number in range(0 if self.eviction.acts else min((*self.cuts, *self.read)), self.depth):
+        touched = (*self.cuts, *self.listening.read, *((0,) if self.eviction.acts else ()))
+        if touched:
+            for number in range(min(touched), self.depth):
                 hook = functools.partial(self._layer_pre, number)
                 keep(decoder.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
-            self._tap(undo)
             self._follow_deepstack(undo)
+        self.listening.install(undo)
         self.eviction.install(undo)
-        for number in self.watched:
-            layer = decoder.layers[number]
-            for name, part in (("attention", layer.self_attn), ("mlp", layer.mlp)):
-                note = functools.partial(self._note_transition, number, name)
-                keep(part.register_forward_hook(note, with_kwargs=True))
-
-    def _tap(self, undo: ExitStack) -> None:
-        """Listen to the layers whose attention is read."""
-        if not _ATTENTION_NEEDS & self.compressor.needs:
-            return
-        attention.register()
-        if self.read and self.decoder.config._attn_implementation == "sdpa":
-            private = attention.PrivateConfig(self.decoder)
-            undo.callback(private.restore)
-            private.config._attn_implementation = attention.TAPPED_SDPA
-            self.tapped = {id(self.decoder.layers[number].self_attn): number for number in self.read}
 
     def _follow_deepstack(self, undo: ExitStack) -> None:
         """Qwen3-VL adds features between layers; after a cut they must go to the tokens that are left."""
@@ -217,12 +195,10 @@ class DecoderHooks:
         start_report(self.session, call, self.shape, encoded)
         call.embeds, keep = self._decide(call)
         call.entered = call.tokens.counts()
+        if self.thread.report is not None:
+            self.thread.report.entered = call.tokens.kept()
         call.cut = call.base = Cut.of(0, keep, hides=self.hides)
-        recorder = self._recorder()
-        if recorder is not None:
-            recorder.begin(call)
-        if self.tapped:
-            attention.listen(functools.partial(self._note_states, call))
+        self.listening.begin(call)
         call.started = self.session.clock()
         return {**with_cache(kwargs, cache), **self._shortened(kwargs, call, call.embeds, keep)}
 
@@ -256,19 +232,7 @@ class DecoderHooks:
         return call.write(tokens, call.embeds) if merged else call.embeds, keep
 
     def _context(self, call: Prefill, hidden: Tensor, probe: Any = None) -> CallContext:
-        return CallContext(call, self.decoder, hidden, self._past_calls, probe)
-
-    def _recorder(self) -> Recorder | None:
-        """What this thread has recorded of generated tokens; None for methods that do not ask for it."""
-        if self.recording is None:
-            return None
-        if self.thread.recorder is None:
-            self.thread.recorder = Recorder(self.recording)
-        return self.thread.recorder
-
-    def _past_calls(self) -> list[Tensor]:
-        recorder = self._recorder()
-        return [] if recorder is None else recorder.calls
+        return CallContext(call, self.decoder, hidden, self.listening.past_calls, probe)
 
     def _select_encoded(self, call: Prefill) -> VisualTokens:
         """Apply what was decided before the tower, inside it or around the projector."""
@@ -281,6 +245,8 @@ class DecoderHooks:
             assert tower is not None
             context = self._context(call, call.embeds)
             context.depth, context.blocks = tower.feature_block + 1, len(tower.blocks)
+            if items.mass is not None:
+                tokens = tokens.where((items.mass > 0) | tokens.protected)
             return self.session.run_site(
                 "project", None, tokens, context, lambda t: self.compressor.project(t, lambda already: already, context)
             )
@@ -295,7 +261,9 @@ class DecoderHooks:
             tokens = tokens.replace(size=items.size)
         if acted == {"frames"}:
             return tokens.where((items.mass > 0) | tokens.protected)
-        return most_mass(tokens, items.mass, self.compressor.keep)
+        # Methods that decide how many to keep have decided already.
+        keep = 1.0 if self.compressor.budget == "adaptive" else self.compressor.encoder_keep()
+        return most_mass(tokens, items.mass, keep)
 
     def plan(
         self,
@@ -358,28 +326,28 @@ class DecoderHooks:
             changed["deepstack_visual_embeds"] = [layer[keep[flags]] for layer in kwargs["deepstack_visual_embeds"]]
         return changed
 
-    def _layer_pre(self, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    def _layer_pre(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
         call = self.thread.prefill
-        if call is None:
-            return self._decode_layer(number, args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
+        if call is None:
+            changed = self._decode_layer(number, args, kwargs)
+            self.listening.enter_layer_of_step(number, hidden, kwargs if changed is None else changed[1])
+            return changed
         given = kwargs
         if call.cut is not call.base:
             kwargs = self._cut_arguments(call, number, given, hidden)
         if number in self.cuts:
-            hidden = self._cut_here(call, number, layer, hidden, kwargs)
+            hidden = self._cut_here(call, number, hidden, kwargs)
             kwargs = self._cut_arguments(call, number, given, hidden)
         call.layer_cut[number] = call.cut
-        if number in self.read:
-            call.tables[number] = kwargs.get("position_embeddings")
-            if not self.tapped:
-                self._read(call, self._probe(call, number, layer, hidden, kwargs), number)
+        self.listening.enter_layer(call, number, hidden, kwargs)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def _cut_here(self, call: Prefill, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _cut_here(self, call: Prefill, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Let the compressor act on what enters a layer; the shortened hidden states."""
-        call.tables[number] = kwargs.get("position_embeddings")
-        probe = functools.partial(self._probe, call, number, layer, hidden, kwargs, values=False)
+        probe = functools.partial(self.listening.probe, call, number, hidden, kwargs, values=False)
         context = self._context(call, hidden, probe)
         tokens = call.tokens.replace(features=call.hidden(call.tokens, hidden))
         tokens = self.session.run_site(
@@ -423,90 +391,6 @@ class DecoderHooks:
         elif tables is not None and moved is not None:
             changed["position_embeddings"] = self.decoder.rotary_emb(hidden, moved[-3:] if moved.ndim == 3 else moved)
         return changed
-
-    def _note_states(
-        self,
-        call: Prefill,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-    ) -> bool:
-        """Listener: keep what the layers that are read computed."""
-        number = self.tapped.get(id(module))
-        if number is not None:
-            stored = logical_layer(call.cache, number)
-            past = 0 if stored is None else stored.stored() - query.shape[2]
-            states = LayerStates(
-                query.detach(), key.detach(), value.detach(), mask, scaling, past, call.cut, call.tables.get(number)
-            )
-            self._read(call, states, number)
-        return False
-
-    def _read(self, call: Prefill, states: LayerStates, number: int) -> None:
-        started = self.session.clock()
-        if number in self.scored:
-            call.states[number] = states
-        if self.recording is not None and number in self.recording.layers:
-            recorder = self._recorder()
-            assert recorder is not None
-            recorder.note_prompt(number, call, states)
-        assert self.thread.report is not None
-        self.thread.report.listening_seconds += self.session.clock() - started
-
-    def _probe(
-        self, call: Prefill, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], *, values: bool = True
-    ) -> LayerStates:
-        """States of a layer that has not run yet; `values` False leaves the values out."""
-        found: list[LayerStates] = []
-        stored = logical_layer(call.cache, number)
-
-        def listener(
-            _: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-        ) -> bool:
-            past = 0
-            if stored is not None and stored.stored():
-                past = stored.stored()
-                key = torch.cat([stored.keys[:, :, :past], key], 2)  # type: ignore[attr-defined]
-                value = torch.cat([stored.values[:, :, :past], value], 2)  # type: ignore[attr-defined]
-            found.append(LayerStates(query, key, value, mask, scaling, past, call.cut, call.tables.get(number)))
-            return True
-
-        self._attend(layer, hidden, kwargs, listener, values=values)
-        return found[0]
-
-    @staticmethod
-    def _attend(
-        layer: Any, hidden: Tensor, kwargs: dict[str, Any], listener: attention.Listener, *, values: bool = True
-    ) -> None:
-        """Run a layer's norm and projections for a listener that skips the attention."""
-        with torch.no_grad(), attention.listening(listener):
-            attention.tapped_copy(layer.self_attn, values=values)(
-                hidden_states=layer.input_layernorm(hidden),
-                position_embeddings=kwargs.get("position_embeddings"),
-                attention_mask=kwargs.get("attention_mask"),
-                position_ids=kwargs.get("position_ids"),
-                **{CACHE: None},
-            )
-
-    def _note_transition(
-        self, number: int, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        """How much a module of a watched layer turned and stretched each token."""
-        call = self.thread.prefill
-        if call is None:
-            return
-        started = self.session.clock()
-        before = (args[0] if args else kwargs["hidden_states"]).detach().float()
-        after = (output[0] if isinstance(output, tuple) else output).detach().float()
-        lengths = before.norm(dim=-1), after.norm(dim=-1)
-        product = (lengths[0] * lengths[1]).clamp(min=torch.finfo(torch.float32).tiny)
-        magnitude = lengths[1] / lengths[0].clamp(min=torch.finfo(torch.float32).tiny)
-        call.transitions[number, name] = (magnitude, (before * after).sum(-1) / product, call.cut)
-        if self.thread.report is not None:
-            self.thread.report.listening_seconds += self.session.clock() - started
 
     def _decoder_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.thread.aside:
@@ -558,21 +442,13 @@ class DecoderHooks:
                 embeds = torch.empty(*source.shape, 0, dtype=decoder.dtype, device=source.device)
             mask = masks.dense_mask(decoder, embeds, given, cache, None)
         state.decode_mask = mask
-        if self.tapped and self._recorder() is not None:
-            attention.listen(functools.partial(self._note_step, cache))
+        self.listening.begin_step(cache)
         mask = masks.decode_mask(decoder, first, mask, length)
         changed["attention_mask"] = masks.like(kwargs.get("attention_mask"), mask)
         return (), changed
 
     def _decode_layer(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """The same for a layer behind a cut, which stores fewer entries than the first one."""
-        changed = self._shift_layer(number, args, kwargs)
-        if self.recording is not None and number in self.recording.layers and not self.tapped:
-            given = kwargs if changed is None else changed[1]
-            self._record_step(number, args[0] if args else kwargs["hidden_states"], given)
-        return changed
-
-    def _shift_layer(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         stored = logical_layer(cache_in(kwargs), number)
         if stored is None or not stored.group:
             return None
@@ -589,45 +465,6 @@ class DecoderHooks:
             axes = positions[-3:] if positions.ndim == 3 else positions
             changed["position_embeddings"] = self.decoder.rotary_emb(hidden, axes)
         return args, changed
-
-    def _note_step(
-        self,
-        cache: Any,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-    ) -> bool:
-        """Listener while decoding: what the newest token looks at in the recorded layers."""
-        number = self.tapped.get(id(module))
-        recorder, stored = self._recorder(), None if number is None else logical_layer(cache, number)
-        if number is not None and recorder is not None and stored is not None and number in recorder.recording.layers:
-            newest = torch.full((len(query), 1), query.shape[2] - 1, device=query.device)
-            past = stored.stored() - query.shape[2]
-            recorder.note_step(number, attention.mean_attention(query, key, mask, scaling, newest, None, past), stored)
-        return False
-
-    def _record_step(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """The same for models that run eager: from the layer's own projections, before it runs."""
-        recorder, stored = self._recorder(), logical_layer(cache_in(kwargs), number)
-        if recorder is None or stored is None:
-            return
-        rows: list[Tensor] = []
-
-        def listener(
-            _: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-        ) -> bool:
-            past = stored.stored()
-            key = torch.cat([stored.keys[:, :, :past], key], 2)  # type: ignore[attr-defined]
-            newest = torch.full((len(query), 1), query.shape[2] - 1, device=query.device)
-            rows.append(attention.mean_attention(query, key, mask, scaling, newest, None, past))
-            return True
-
-        self._attend(self.decoder.layers[number], hidden, kwargs, listener, values=False)
-        # The layer has not stored the new tokens yet, and nothing is asked about them.
-        recorder.note_step(number, rows[0][:, : stored.stored()], stored)
 
 
 def _prompt_tokens(items: Items, embeds: Tensor) -> VisualTokens:

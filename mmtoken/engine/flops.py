@@ -44,3 +44,17 @@ def prefill_flops(shape: DecoderShape, layer_lengths: list[list[int]]) -> float:
     """
     linear = 2 * (2 * shape.width * (shape.query_width + shape.key_width) + 3 * shape.width * shape.mlp_width)
     return float(sum(linear * n + 4 * shape.query_width * n * n for lengths in layer_lengths for n in lengths))
+
+
+def multiply_adds(shape: DecoderShape, layer_lengths: list[list[int]]) -> float:
+    """The same as TransPrune and VLA-Pruner count it: 4 n d^2 + 2 n^2 d + 3 n d m per layer and row of n tokens.
+
+    Half of `prefill_flops`, because a multiply-add counts once, for decoders with as many key as query heads and
+    heads that make up the width; grouped heads have smaller projections than this formula allows for.
+
+    Args:
+        shape: the decoder's sizes.
+        layer_lengths: per layer, the tokens of every row.
+    """
+    d, m = shape.width, shape.mlp_width
+    return float(sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for lengths in layer_lengths for n in lengths))

@@ -27,6 +27,8 @@ from mmtoken.evaluation.timing import Stopwatch, Summary, environment, interleav
 
 SCHEMA_VERSION = 1
 
+_MEASURED = ("tokens_in", "tokens_out", "layer_average", "flops", "flops_dense", "kv_share", "scoring_ms")
+
 ALL = "all"
 """Key of the accuracy over all questions of a benchmark, beside the question types."""
 
@@ -85,6 +87,8 @@ class Answers:
         exact: share of answers that equal the expected one as they stand.
         tokens_in, tokens_out, layer_average: visual tokens per picture, means over the questions.
         flops, flops_dense: decoder prefill per question, means.
+        kv_share: bytes of the key/value cache after the prefill, of those without compression.
+        scoring_ms: wall time in the compressor per question, scores that it read included.
         seconds: CPU seconds (GPU: wall seconds) of the whole pass.
     """
 
@@ -95,6 +99,8 @@ class Answers:
     layer_average: float
     flops: float
     flops_dense: float
+    kv_share: float
+    scoring_ms: float
     seconds: float
 
 
@@ -103,7 +109,7 @@ def answer(model: PreTrainedModel, processor: Any, entrant: Entrant, prepared: P
     """Ask every question of a benchmark once, greedily."""
     benchmark, items = prepared.benchmark, prepared.items
     correct, exact = [0] * len(items), 0
-    sums = dict.fromkeys(("tokens_in", "tokens_out", "layer_average", "flops", "flops_dense"), 0.0)
+    sums = dict.fromkeys(_MEASURED, 0.0)
     clock = time.perf_counter if model.device.type == "cuda" else time.process_time
     started = clock()
     attached = compress(model, entrant.compressor) if entrant.compressor is not None else nullcontext()
@@ -127,6 +133,8 @@ def answer(model: PreTrainedModel, processor: Any, entrant: Entrant, prepared: P
                     "layer_average": report.layer_average,
                     "flops": report.flops / len(batch.index),
                     "flops_dense": report.flops_dense / len(batch.index),
+                    "kv_share": report.kv_bytes / report.kv_bytes_dense,
+                    "scoring_ms": 1e3 * report.scoring_seconds / len(batch.index),
                 }
                 session.reports.clear()
             for name, value in measured.items():
@@ -145,7 +153,8 @@ def _dense_measures(model: Any, batch: Batch) -> dict[str, float]:
     visual = float((ids == model.config.image_token_id).sum()) / rows
     shape = DecoderShape.from_config(model.config.get_text_config())
     flops = prefill_flops(shape, [batch.inputs["attention_mask"].sum(-1).tolist()] * shape.layers) / rows
-    return {"tokens_in": visual, "tokens_out": visual, "layer_average": visual, "flops": flops, "flops_dense": flops}
+    measured = dict.fromkeys(("tokens_in", "tokens_out", "layer_average"), visual)
+    return {**measured, "flops": flops, "flops_dense": flops, "kv_share": 1.0, "scoring_ms": 0.0}
 
 
 def scores(items: Sequence[Item], correct: Sequence[int]) -> dict[str, dict[str, Any]]:
@@ -262,6 +271,8 @@ def _row(model: PreTrainedModel, processor: Any, entrant: Entrant, prepared: Seq
         "layer_average": each("layer_average"),
         "flops": each("flops", 0),
         "flops_dense": each("flops_dense", 0),
+        "kv_share": each("kv_share"),
+        "scoring_ms": each("scoring_ms"),
         "seconds": each("seconds"),
         "exact_match": each("exact"),
         "accuracy": {p.benchmark.name: scores(p.items, answers[p.benchmark.name].correct) for p in prepared},

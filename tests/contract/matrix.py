@@ -16,17 +16,40 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mmtoken
 from mmtoken.compressors import (
+    BUS,
+    DART,
+    TOVA,
+    TRIPS,
+    CDPruner,
     Compressor,
     DivPrune,
     Downscale,
+    DyCoke,
+    ExpectedAttention,
     FastV,
+    FlowCut,
+    FlowCutHR,
+    HoloV,
+    KeyDiff,
+    Knorm,
+    PruMerge,
     PyramidDrop,
+    QueCC,
     Random,
+    RegionMask,
+    SnapKV,
+    SparseVLM,
+    SparseVLMPlus,
     TokenCorr,
     ToMe,
+    Trained,
+    TransPrune,
     UniformGrid,
     VisionZip,
+    VisPruner,
+    VLAPruner,
 )
 from mmtoken.engine.report import Report
 from tests import oracle
@@ -42,11 +65,32 @@ COMPRESSORS: dict[str, Compressor] = {
     "fastv-count": FastV(keep=3, layer=1),
     "fastv-last-layer": FastV(keep=0.25, layer=3),
     "fastv-renumber": FastV(keep=0.4, layer=2, positions="renumber"),
+    "flowcut": FlowCut(keep=0.4),
+    "flowcut-count": FlowCut(keep=3, interval=1),
+    "flowcut-repo": FlowCut(keep=0.4, variant="repo", interval=1),
+    "flowcut-renumber": FlowCut(keep=0.4, positions="renumber"),
+    "flowcuthr": FlowCutHR(keep=0.3, layer=2),
+    "flowcuthr-renumber": FlowCutHR(keep=3, layer=1, positions="renumber"),
     "pyramiddrop": PyramidDrop(keep=0.25),
     "pyramiddrop-count": PyramidDrop(keep=2, layers=(1, 2)),
     "pyramiddrop-shares": PyramidDrop(keep=0.25, layers=(1, 3), shares=(0.5, 0.25)),
     "pyramiddrop-repo": PyramidDrop(keep=0.3, layers=(2, 3), variant="repo"),
     "pyramiddrop-renumber": PyramidDrop(keep=0.25, layers=(1, 3), positions="renumber"),
+    "dart": DART(keep=0.4, visual_pivots=1, text_pivots=2),
+    "dart-official": DART(keep=5, layer=1, visual_pivots=2, text_pivots=0, budget_rule="official"),
+    "dart-renumber": DART(keep=0.4, layer=3, positions="renumber"),
+    "sparsevlm": SparseVLM(keep=0.4),
+    "sparsevlm-count": SparseVLM(keep=3, layers=(2,), recycle=0.6, members=2),
+    "sparsevlm-repo": SparseVLM(
+        keep=1, positions="renumber", layers=(1, 3), stages=(3, 1), recycle=0.6, members=4, variant="repo"
+    ),
+    "sparsevlmplus": SparseVLMPlus(keep=0.4),
+    "sparsevlmplus-renumber": SparseVLMPlus(keep=0.3, layers=(3,), heads=1, positions="renumber"),
+    "transprune": TransPrune(keep=0.25),
+    "transprune-count": TransPrune(keep=3, layers=(2,), accumulate=(0, 1), cosine="signed"),
+    "transprune-repo": TransPrune(keep=0.3, positions="renumber", layers=(2, 3), variant="repo"),
+    # No call here makes so many tokens, so this one never leaves its warm-up; `test_episodes` runs those that do.
+    "vlapruner": VLAPruner(keep=0.4, layer=2, action_tokens=16),
     "visionzip": VisionZip(keep=0.4),
     "visionzip-count": VisionZip(keep=3, contextual=2),
     "visionzip-repo": VisionZip(keep=0.5, contextual=2, variant="repo"),
@@ -54,14 +98,47 @@ COMPRESSORS: dict[str, Compressor] = {
     "divprune": DivPrune(keep=0.3),
     "divprune-count": DivPrune(keep=3),
     "divprune-renumber": DivPrune(keep=0.3, positions="renumber"),
+    "cdpruner": CDPruner(keep=0.3),
+    "cdpruner-count": CDPruner(keep=3, theta=0.5, sign_flip=True),
+    "cdpruner-renumber": CDPruner(keep=0.3, positions="renumber"),
+    "dycoke": DyCoke(keep=0.3),
+    "dycoke-count": DyCoke(keep=3),
+    "dycoke-renumber": DyCoke(keep=0.3, positions="renumber"),
+    "holov": HoloV(keep=0.4, crops=4),
+    "holov-count": HoloV(keep=3),
+    "holov-renumber": HoloV(keep=0.4, positions="renumber"),
+    "prumerge": PruMerge(),
+    "prumerge-plus": PruMerge(plus=True, neighbours=3),
+    "prumerge-fixed": PruMerge(keep=0.4, adaptive=False, neighbours=3),
+    "prumerge-fixed-plus": PruMerge(keep=0.4, adaptive=False, plus=True),
+    "prumerge-repo": PruMerge(keep=0.4, adaptive=False, plus=True, variant="repo"),
+    "prumerge-renumber": PruMerge(keep=0.4, adaptive=False, positions="renumber"),
     "tokencorr": TokenCorr(keep=0.6, tau_s=0.3, tau_c=0),
     "tokencorr-bounded": TokenCorr(keep=0.4, low=0, aggregate="prumerge32"),
     "tokencorr-drawn": TokenCorr(keep=0.6, tau_s=0.3, sampling="multinomial", heads="mean", aggregate="none"),
     "tokencorr-outputs": TokenCorr(keep=0.5, deep=0, low=1, reading="outputs"),
     "tokencorr-renumber": TokenCorr(keep=0.6, tau_s=0.3, positions="renumber"),
+    "bus": BUS(keep=0.25),
+    "bus-count": BUS(keep=3, queries="learned", share=0.4, layer=2, decoder_layers=2, normalise=True),
+    "bus-renumber": BUS(keep=0.25, positions="renumber"),
+    "quecc": QueCC(keep=0.25),
+    "quecc-renumber": QueCC(keep=0.25, levels=(0,), positions="renumber"),
+    "trips": TRIPS(keep=0.4),
+    "trips-count": TRIPS(keep=5, layers=(1, 2), protect_fused=True, temperature=0.1),
+    "trips-renumber": TRIPS(keep=0.4, normalise=True, positions="renumber"),
     "tome": ToMe(keep=0.5),
     "tome-count": ToMe(keep=3),
     "tome-renumber": ToMe(keep=0.5, positions="renumber"),
+    "vispruner": VisPruner(keep=0.4, step=2),
+    "vispruner-count": VisPruner(keep=3, important=0.7),
+    "vispruner-renumber": VisPruner(keep=0.4, positions="renumber"),
+    "snapkv": SnapKV(keep=0.4, window=4, kernel=3),
+    "snapkv-count": SnapKV(keep=3, window=2, kernel=5, pooling="max"),
+    "knorm": Knorm(keep=0.4),
+    "expectedattention": ExpectedAttention(keep=0.4, future=16),
+    "keydiff": KeyDiff(keep=0.4),
+    "keydiff-blocks": KeyDiff(keep=0.4, block_size=7),
+    "tova": TOVA(keep=0.4),
     "random": Random(keep=0.4),
     "random-count": Random(keep=3, seed=7),
     "random-renumber": Random(keep=0.4, positions="renumber"),
@@ -71,6 +148,12 @@ COMPRESSORS: dict[str, Compressor] = {
     "downscale": Downscale(keep=0.4),
     "downscale-count": Downscale(keep=3),
     "downscale-renumber": Downscale(keep=0.4, positions="renumber"),
+    "regionmask": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),)),
+    "regionmask-zero": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="zero"),
+    "regionmask-mean": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="mean"),
+    "regionmask-mask": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="mask"),
+    "regionmask-patches-zero": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), mode="zero", site="patches"),
+    "regionmask-patches": RegionMask(boxes=((0.1, 0.2, 0.6, 0.5),), site="patches"),
 }
 
 ANCHOR_COMPRESSORS = ("divprune", "fastv", "pyramiddrop")
@@ -84,7 +167,27 @@ def refused(name: str, cell: Cell) -> str | None:
     """Why a pair cannot be attached, in words that the error must contain; None where it can."""
     if "prepare" in COMPRESSORS[name].sites and cell[0] in DYNAMIC:
         return "before the processor"
+    if COMPRESSORS[name].patchwise_projector and cell[0] != "llava":
+        return "maps every patch by itself"
     return None
+
+
+def ready(model: nn.Module, method: Compressor) -> Compressor | Trained:
+    """The method, with fresh learned parts, always the same ones, if it has any."""
+    return mmtoken.learnable(model, method, seed=0) if method.trainable else method
+
+
+def compress(model: nn.Module, method: Compressor, **options: Any) -> mmtoken.Session:
+    """`mmtoken.compress`, with fresh learned parts for methods that have any."""
+    return mmtoken.compress(model, ready(model, method), **options)
+
+
+def drops(name: str, cell: Cell) -> bool:
+    """Whether tokens leave the sequence: filled regions and presses leave all, DyCoke images, VLA-Pruner at first."""
+    whole = ("regionmask-zero", "regionmask-mean", "regionmask-patches-zero", "vlapruner")
+    if name.startswith(whole) or COMPRESSORS[name].sites == {"cache"}:
+        return False
+    return not name.startswith("dycoke") or cell[1] == "video"
 
 
 def _rest() -> set[tuple[str, Cell]]:

@@ -10,12 +10,12 @@ import torch
 import transformers as tf
 from transformers import cache_utils
 
-from mmtoken import MMTokenError, attach, check, compress
+from mmtoken import MMTokenError, attach, check
 from mmtoken.compressors import DivPrune, FastV, PyramidDrop
 from mmtoken.errors import InputError, UnsupportedError
 from tests import oracle
 from tests.backbones.tiny_models import CELLS, build
-from tests.contract.matrix import COMPRESSORS, Cell, batch, logits, marks, refused, tiny
+from tests.contract.matrix import COMPRESSORS, Cell, batch, compress, logits, marks, refused, tiny
 
 pytestmark = pytest.mark.lowest
 LLAVA = ("llava", "image")
@@ -66,6 +66,8 @@ def with_attention(name: str) -> tf.PreTrainedModel:
 # What is attached to what, and words of the message.
 ATTACH: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "a tower method on a bare decoder": (lambda: tiny("llama"), COMPRESSORS["visionzip"], "a bare decoder has none"),
+    "attention of a tower on a bare decoder": (lambda: tiny("llama"), COMPRESSORS["holov"], "a bare decoder has none"),
+    "text on a bare tower": (lambda: tiny("clip_vision"), COMPRESSORS["cdpruner"], "reads the prompt"),
     "merging in a tower on a bare decoder": (lambda: tiny("llama"), COMPRESSORS["tome"], "a bare decoder has none"),
     "a decoder method on a bare tower": (lambda: tiny("clip_vision"), COMPRESSORS["fastv"], "this is a bare tower"),
     "progressive cuts on a bare tower": (lambda: tiny("siglip_vision"), COMPRESSORS["pyramiddrop"], "a bare tower"),

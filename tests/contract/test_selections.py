@@ -16,10 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtoken import compress
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.contract.matrix import COMPRESSORS, Cell, batch, keeps, logits, pairs, protected, tiny
+from tests.contract.matrix import COMPRESSORS, Cell, batch, compress, keeps, logits, pairs, protected, tiny
 
 GAP = 1e-4
 

@@ -20,15 +20,23 @@ from torch import Tensor
 
 HOME = Path(__file__).parent
 METHODS = (
+    "dycoke",
     "fastv",
+    "flowcut",
+    "kvpress",
+    "prumerge",
     "pyramiddrop",
+    "quecc",
+    "sparsevlm",
     "tome",
+    "transprune",
     "visionzip",
+    "vla_pruner",
 )
 FOLDER = Path(os.environ.get("MMTOKEN_GOLDEN", HOME)).resolve()
 """Where cases are looked for: MMTOKEN_GOLDEN, or the folder of this file."""
 
-EXPECTED = "expected."
+EXPECTED = ("expected.", "paper_abs.")
 WEIGHTS = "weights."
 
 
@@ -46,13 +54,16 @@ class GoldenCase:
     Attributes:
         description: the JSON file.
         tensors: the safetensors file.
-        read, compared: names of the tensors that a test has taken as inputs, and has held the product against.
+        read: names of the tensors that a test has taken as inputs.
+        compared: name to kind of tolerance of those that it has held the product against.
+        unused: names of those that it has left out, for a reason.
     """
 
     description: dict[str, Any]
     tensors: dict[str, Tensor]
     read: set[str] = field(default_factory=set)
-    compared: set[str] = field(default_factory=set)
+    compared: dict[str, str] = field(default_factory=dict)
+    unused: set[str] = field(default_factory=set)
 
     @classmethod
     def load(cls, path: Path) -> GoldenCase:
@@ -94,18 +105,26 @@ class GoldenCase:
         return tuple(self.tensors[name].shape)
 
     def tolerance(self, kind: str, expected: Tensor) -> Tensor:
-        """Allowed difference from each number, as the case's JSON states it ("atol 2e-4 rtol 1e-4").
+        """Allowed difference from each number, as the case's JSON states it ("atol 2e-4 rtol 1e-4", or "exact").
 
-        The relative part is capped, so that ten times the absolute tolerance is too much at any size of number.
+        The relative part is capped, so that ten times the absolute tolerance is too much at any size of number; where
+        only a relative tolerance is stated ("bf16: rtol 4e-3"), it is all there is.
         """
-        stated = dict(re.findall(r"(atol|rtol) ([0-9.e+-]+)", self.description["tolerance"][kind]))
-        absolute, relative = float(stated["atol"]), float(stated.get("rtol", 0.0))
-        return (absolute + relative * expected.double().abs()).clamp(max=9 * absolute)
+        stated = self.description["tolerance"]
+        if kind:  # several, as text
+            if stated[kind].startswith("exact"):
+                return torch.zeros_like(expected, dtype=torch.float64)
+            stated = dict(re.findall(r"(atol|rtol) ([0-9.e+-]+)", stated[kind]))
+        relative = float(stated.get("rtol", 0.0)) * expected.double().abs()
+        if "atol" not in stated:
+            return relative
+        absolute = float(stated["atol"])
+        return (absolute + relative).clamp(max=9 * absolute)
 
     def compare(self, name: str, value: Tensor, kind: str = "") -> None:
         """Hold `value` against an expected tensor: integers exactly, floats within the tolerance called `kind`."""
         expected = self.tensors[name]
-        self.compared.add(name)
+        self.compared[name] = kind
         assert tuple(value.shape) == tuple(expected.shape), (
             f"{name}: shape {tuple(value.shape)}, not {tuple(expected.shape)}"
         )
@@ -120,8 +139,9 @@ class GoldenCase:
 
     def settle(self, unused: dict[str, str] | None = None) -> None:
         """Fail unless every tensor was read or compared, or is named in `unused` with the reason."""
-        left = set(self.tensors) - self.read - self.compared
+        left = set(self.tensors) - self.read - set(self.compared)
         reasons = unused or {}
+        self.unused = set(reasons)
         assert left == set(reasons), f"neither read nor compared: {sorted(left ^ set(reasons))}"
         assert all(reasons.values()), "every unused tensor needs a reason"
         described = self.description["tensors"].keys()

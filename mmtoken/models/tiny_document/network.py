@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
 
-from mmtoken.datasets.document_pages import BARS, CHARACTERS, KINDS, REGION
+from mmtoken.datasets.document_pages import BARS, CHARACTERS, KINDS, LABELS, REGION
 from mmtoken.models.tiny_document.processor import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, PATCH_SIZE, SCALE, VOCABULARY
 
 
@@ -96,17 +96,17 @@ class TowerStates(nn.Module):
 class AuxiliaryHeads(nn.Module):
     """Linear read-outs of the tower that stand in for pre-training; they are not part of the exported model.
 
-    On the patches of crops: the character on it (class 0: none) and the colour of the bar on it (class 0: none). On the
-    patches of the whole page: the kind of region there.
+    On the patches of crops: the character on it, the field that it belongs to (by label), the colour of the bar on it,
+    and whether that is the highest, the lowest or another bar; class 0 is none of them. On the patches of the whole page:
+    the kind of region there.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.classes = (1 + len(CHARACTERS), 1 + len(BARS), len(KINDS))
+        self.classes = (1 + len(CHARACTERS), 1 + len(LABELS), 1 + len(BARS), 1 + 3, len(KINDS))
         self.read = nn.Linear(width, sum(self.classes))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Tower output `float[..., D]` -> logits of characters, bars and kinds, `float[..., classes]` each."""
-        characters, bars, kinds = self.read(self.norm(hidden)).split(self.classes, dim=-1)
-        return characters, bars, kinds
+        """Tower output `float[..., D]` -> logits of each of them in this order, `float[..., classes]`."""
+        return tuple(self.read(self.norm(hidden)).split(self.classes, dim=-1))

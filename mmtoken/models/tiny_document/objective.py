@@ -40,7 +40,7 @@ class TinyDocument(Objective):
 
     Args:
         network: sizes of the network.
-        patch_weight: weight of the loss that reads character, bar colour and kind of region off the patches.
+        patch_weight: weight of the loss that reads characters, fields, bars and kinds of region off the patches.
         background_weight: weight of patches without content in it.
         learning_rate: peak of the schedule.
         warmup_steps: steps of linear warm-up; a cosine down to 2 % follows.
@@ -102,13 +102,13 @@ class TinyDocument(Objective):
         states = self.states(batch)
         target = batch.packed.labels[batch.packed.labels >= 0]
         terms = {"answers": F.cross_entropy(self.answer_logits(states, batch), target)}
-        characters, bars, _ = self.heads(states[:, :-1])
-        for name, logits, labels in zip(("characters", "bars"), (characters, bars), batch.patches, strict=True):
+        read = self.heads(states[:, :-1])[:-1]
+        for name, logits, labels in zip(("characters", "fields", "bars", "heights"), read, batch.patches, strict=True):
             weights = torch.ones(logits.shape[-1], device=logits.device)
             weights[0] = self.background_weight
             loss = F.cross_entropy(logits.float().flatten(0, 2), labels.flatten(), weight=weights)
             terms[name] = self.patch_weight * loss
-        kinds = self.heads(states[:, -1])[2]
+        kinds = self.heads(states[:, -1])[-1]
         terms["kinds"] = self.patch_weight * 0.3 * F.cross_entropy(kinds.float().flatten(0, 1), batch.kinds.flatten())
         return terms
 

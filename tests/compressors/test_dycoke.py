@@ -1,0 +1,127 @@
+"""DyCoke's temporal stage against a plain loop over its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mmtoken.compressors import Context, DyCoke
+from mmtoken.compressors.dycoke import changed_tokens, references
+from mmtoken.errors import InputError
+from mmtoken.tokens import VisualTokens, kept_count
+
+
+def plain(frames: Tensor, keep: int | float) -> tuple[list[int], float]:
+    """Kept indices with loops in double precision, and how close a decision was."""
+    count, kept, gap = kept_count(keep, frames.shape[1]), [], 1.0
+    for number, frame in enumerate(frames.double()):
+        place = number % 4
+        if place == 0:
+            kept += [number * len(frame) + i for i in range(len(frame))]
+            continue
+        other = frames[number - (2 if place == 2 else 1)].double()
+        same = [float(a @ b) / (float(a.norm()) * float(b.norm())) for a, b in zip(frame, other, strict=True)]
+        ranked = sorted(range(len(frame)), key=lambda i: (same[i], i))
+        if count < len(ranked):
+            gap = min(gap, same[ranked[count]] - same[ranked[count - 1]])
+        kept += [number * len(frame) + i for i in sorted(ranked[:count])]
+    return kept, gap
+
+
+def video(frames: Tensor, newline: bool = False) -> VisualTokens:
+    """One video of float[F, P, D], with a separator at its end if asked for."""
+    features = frames.flatten(0, 1)
+    if newline:
+        features = torch.cat([features, features.new_full((1, features.shape[-1]), torch.nan)])
+    protected = torch.arange(len(features)) >= frames.shape[0] * frames.shape[1]
+    grid = (frames.shape[0], 1, frames.shape[1])
+    return VisualTokens.from_features(features[None], protected=protected[None], grid=(grid,))
+
+
+def test_frames_go_in_groups_of_four():
+    assert references(8) == [None, 0, 0, 2, None, 4, 4, 6]
+    assert references(1) == [None]
+    assert references(3) == [None, 0, 0]
+    assert references(9)[8:] == [None]
+
+
+def test_the_official_frames_have_their_faults():
+    # The last group is not reduced in its third frame; of an odd number the last frame is gone.
+    assert references(8, "repo") == [None, 0, 0, 2, None, 4, None, 6]
+    assert references(9, "repo") == [None, 0, 0, 2, None, 4, 4, 6]
+    assert references(6, "repo") == [None, 0, 0, 2, None, 4]
+    assert references(16, "repo")[12:] == [None, 12, None, 14]
+    for frames in range(1, 5):
+        with pytest.raises(InputError, match=f"frames={frames} is too few .* use variant='paper'"):
+            references(frames, "repo")
+
+
+@pytest.mark.parametrize(
+    ("keep", "places", "paper", "repo"),
+    [(1 - 0.8, 10, 2, 1), (1 - 0.8, 100, 20, 19), (1 - 0.9, 100, 10, 9), (1 - 0.7, 16, 5, 4), (3, 16, 3, 3)],
+)
+def test_counts_of_a_reduced_frame(keep, places, paper, repo):
+    frames = torch.randn(6, places, 4, generator=torch.Generator().manual_seed(0))
+    for variant, want in (("paper", paper), ("repo", repo)):
+        index = changed_tokens(frames, keep, variant)
+        assert int((index // places == 1).sum()) == want
+
+
+def test_what_changed_stays_and_comes_out_by_rising_similarity():
+    still = torch.eye(4)
+    moved = still.clone()
+    moved[1] = torch.tensor([0.0, 0.6, 0.8, 0.0])  # similarity .6
+    moved[3] = torch.tensor([0.0, 0.0, 0.0, -1.0])  # similarity -1
+    assert changed_tokens(torch.stack([still, moved]), 2).tolist() == [0, 1, 2, 3, 7, 5]
+    # Of equally similar tokens the first ones stay.
+    assert changed_tokens(torch.stack([still, still]), 2).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    frames=st.integers(2, 11),
+    places=st.integers(1, 9),
+    keep=st.one_of(st.floats(0.01, 1.0), st.integers(1, 12)),
+    seed=st.integers(0, 999),
+    newline=st.booleans(),
+)
+def test_selection_is_the_plain_loop(frames, places, keep, seed, newline):
+    features = torch.randn(frames, places, 5, generator=torch.Generator().manual_seed(seed))
+    left = DyCoke(keep=keep).llm_input(video(features, newline), Context())
+    kept, gap = plain(features, keep)
+    if gap > 1e-5:
+        assert left.kept()[0].tolist() == kept
+    assert left.counts() == [len(kept)]
+    assert int(left.protected.sum()) == newline
+
+
+def test_images_pass_unchanged_beside_videos():
+    # A batch of two images, one of them in crops, and a video.
+    features = torch.randn(3, 12, 5, generator=torch.Generator().manual_seed(1))
+    tokens = VisualTokens.from_features(features, grid=((1, 3, 4), None, (4, 1, 3)))
+    left = DyCoke(keep=1).llm_input(tokens, Context())
+    assert left.counts() == [12, 12, 6]
+    assert torch.equal(left.features[:2], features[:2])
+
+
+def test_with_the_default_a_video_of_fours_keeps_about_0475():
+    frames = torch.randn(8, 100, 4, generator=torch.Generator().manual_seed(0))
+    assert DyCoke().llm_input(video(frames), Context()).counts() == [380]
+
+
+def test_frames_with_holes_cannot_be_compared():
+    tokens = video(torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)))
+    holed = tokens.where(torch.arange(12)[None] != 5)
+    with pytest.raises(InputError, match=r"grid=\(4, 1, 3\) of item 0 has 12 tokens but 11 came.*before methods"):
+        DyCoke().llm_input(holed, Context())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_not_a_number_in_a_video_is_an_error(bad):
+    frames = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    frames[2, 1, 0] = bad
+    with pytest.raises(InputError, match="features contains NaN for item 0"):
+        DyCoke().llm_input(video(frames), Context())
