@@ -318,9 +318,9 @@ def _text(rng: np.random.Generator, canvas: _Canvas, labels: list[str]) -> Regio
             mask = glyph(_FILLER[letter], 8, "plain")
             if x + mask.shape[1] > end:
                 break
-            canvas.stamp(mask, x, y)
+            _, _, right, bottom = canvas.stamp(mask, x, y)
             x += mask.shape[1] + (4 if gap else 1)
-        boxes.append((canvas.x + 2, canvas.y + y, canvas.x + x, canvas.y + y + 6))
+        boxes.append((canvas.x + 2, canvas.y + y, right, bottom))
     return Region("text", canvas.box, text=tuple(boxes))
 
 

@@ -8,7 +8,7 @@ except for the one that drops whole crops, whose threshold is set the same way. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,7 +50,7 @@ class CropsOnly(Compressor):
 
     keep: int | float
     positions: Positions = "keep"
-    inner: Compressor = Random(keep=1.0)
+    inner: Compressor = field(default_factory=lambda: Random(keep=1.0))
 
     title: ClassVar[str] = "Crops only"
     paper: ClassVar[str] = "control"
@@ -219,16 +219,12 @@ def line_up(
 
     entrants = [Entrant()]
     for budget in budgets:
-
-        def by_density(tau_s: float) -> float:
-            return mean(replace(method, tau_s=tau_s))
-
-        def whole(least: float) -> float:
-            return mean(WholeCrops(least=least, tau_s=adaptive.tau_s, low=method.low))
-
-        adaptive = replace(method, tau_s=set_threshold(by_density, budget, -1.0, 1.0, rising=True))
-        blank = WholeCrops(tau_s=adaptive.tau_s, low=method.low)
-        blank = replace(blank, least=set_threshold(whole, budget, 0.0, 1.01, rising=False, steps=8))
+        tau_s = set_threshold(lambda tau_s: mean(replace(method, tau_s=tau_s)), budget, -1.0, 1.0, rising=True)
+        adaptive, blank = replace(method, tau_s=tau_s), WholeCrops(tau_s=tau_s, low=method.low)
+        least = set_threshold(
+            lambda at, blank=blank: mean(replace(blank, least=at)), budget, 0.0, 1.01, rising=False, steps=8
+        )
+        blank = replace(blank, least=least)
         share = budget / tokens
         others: list[tuple[str | None, Compressor]] = [
             (FIXED, replace(method, tau_s=1.0, keep=budget)),
@@ -323,4 +319,3 @@ def draw_pages(
         left += sheet.width + 16
     with whole_file(file) as temporary:
         whole.save(temporary, format="PNG", optimize=True)
-

@@ -40,7 +40,13 @@ def _refusal(checkpoint: str | Path, name: str, error: Exception) -> CheckpointE
 
 
 def export_network(
-    network: PreTrainedModel, processor: Any, checkpoint: str | Path, folder: str | Path, *, name: str, dtype: torch.dtype
+    network: PreTrainedModel,
+    processor: Any,
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    name: str,
+    dtype: torch.dtype,
 ) -> Path:
     """Fill `network` from a Lightning checkpoint and write it with its processor to `folder`, replacing what is there.
 

@@ -97,8 +97,8 @@ class AuxiliaryHeads(nn.Module):
     """Linear read-outs of the tower that stand in for pre-training; they are not part of the exported model.
 
     On the patches of crops: the character on it, the field that it belongs to (by label), the colour of the bar on it,
-    and whether that is the highest, the lowest or another bar; class 0 is none of them. On the patches of the whole page:
-    the kind of region there.
+    and whether that is the highest, the lowest or another bar; class 0 is none of them. On the patches of the whole
+    page: the kind of region there.
     """
 
     def __init__(self, width: int) -> None:

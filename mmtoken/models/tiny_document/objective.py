@@ -50,8 +50,8 @@ class TinyDocument(Objective):
         beta2: second AdamW coefficient.
         compile: compile tower and decoder for training.
         seed: seeds the initial weights.
-        start_from: a checkpoint of an earlier run whose network this one goes on with; its heads and optimizer state are
-            left behind. None: new weights.
+        start_from: a checkpoint of an earlier run whose network this one goes on with; its heads and optimizer state
+            are left behind. None: new weights.
     """
 
     def __init__(

@@ -90,8 +90,8 @@ def tiles(pages: Sequence[Page]) -> Tensor:
 def patch_labels(pages: Sequence[Page], least: float = 0.3) -> Tensor:
     """int64[4, B, 6, 64]: character, field, bar colour and height of the bar on each patch of the crops, 0 for none.
 
-    A patch shows the character or bar that covers most of it, if that is at least the fraction `least`. Heights are 1 for
-    the highest bar of a figure, 2 for the lowest, 3 for others.
+    A patch shows the character or bar that covers most of it, if that is at least the fraction `least`. Heights are 1
+    for the highest bar of a figure, 2 for the lowest, 3 for others.
     """
     labels = np.zeros((4, len(pages), REGIONS, _SIDE, _SIDE), dtype=np.int64)
     for b, page in enumerate(pages):
