@@ -296,7 +296,9 @@ def _with_parts(model: PreTrainedModel, saved: Compressor, source: str, options:
         )
     trained = empty(model, saved)
     try:
-        trained.module.load_state_dict(load_file(file), assign=True)
+        # Copies: a file that is mapped into memory must not change while the weights are in use.
+        parts = {name: value.clone() for name, value in load_file(file).items()}
+        trained.module.load_state_dict(parts, assign=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:240]
         raise CheckpointError(
