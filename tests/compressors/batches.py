@@ -129,7 +129,7 @@ class Given(Context):
         return [1] * len(self.original_counts)
 
     @property
-    def dense_counts(self) -> list[int]:  # type: ignore[override]
+    def encoded_counts(self) -> list[int]:  # type: ignore[override]
         return self.original_counts
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import mmtoken
 from mmtoken.compressors import (
     BUS,
+    DART,
     TOVA,
     TRIPS,
     CDPruner,
@@ -28,6 +29,8 @@ from mmtoken.compressors import (
     DyCoke,
     ExpectedAttention,
     FastV,
+    FlowCut,
+    FlowCutHR,
     HoloV,
     KeyDiff,
     Knorm,
@@ -37,12 +40,16 @@ from mmtoken.compressors import (
     Random,
     RegionMask,
     SnapKV,
+    SparseVLM,
+    SparseVLMPlus,
     TokenCorr,
     ToMe,
     Trained,
+    TransPrune,
     UniformGrid,
     VisionZip,
     VisPruner,
+    VLAPruner,
 )
 from mmtoken.engine.report import Report
 from tests import oracle
@@ -58,11 +65,32 @@ COMPRESSORS: dict[str, Compressor] = {
     "fastv-count": FastV(keep=3, layer=1),
     "fastv-last-layer": FastV(keep=0.25, layer=3),
     "fastv-renumber": FastV(keep=0.4, layer=2, positions="renumber"),
+    "flowcut": FlowCut(keep=0.4),
+    "flowcut-count": FlowCut(keep=3, interval=1),
+    "flowcut-repo": FlowCut(keep=0.4, variant="repo", interval=1),
+    "flowcut-renumber": FlowCut(keep=0.4, positions="renumber"),
+    "flowcuthr": FlowCutHR(keep=0.3, layer=2),
+    "flowcuthr-renumber": FlowCutHR(keep=3, layer=1, positions="renumber"),
     "pyramiddrop": PyramidDrop(keep=0.25),
     "pyramiddrop-count": PyramidDrop(keep=2, layers=(1, 2)),
     "pyramiddrop-shares": PyramidDrop(keep=0.25, layers=(1, 3), shares=(0.5, 0.25)),
     "pyramiddrop-repo": PyramidDrop(keep=0.3, layers=(2, 3), variant="repo"),
     "pyramiddrop-renumber": PyramidDrop(keep=0.25, layers=(1, 3), positions="renumber"),
+    "dart": DART(keep=0.4, visual_pivots=1, text_pivots=2),
+    "dart-official": DART(keep=5, layer=1, visual_pivots=2, text_pivots=0, budget_rule="official"),
+    "dart-renumber": DART(keep=0.4, layer=3, positions="renumber"),
+    "sparsevlm": SparseVLM(keep=0.4),
+    "sparsevlm-count": SparseVLM(keep=3, layers=(2,), recycle=0.6, members=2),
+    "sparsevlm-repo": SparseVLM(
+        keep=1, positions="renumber", layers=(1, 3), stages=(3, 1), recycle=0.6, members=4, variant="repo"
+    ),
+    "sparsevlmplus": SparseVLMPlus(keep=0.4),
+    "sparsevlmplus-renumber": SparseVLMPlus(keep=0.3, layers=(3,), heads=1, positions="renumber"),
+    "transprune": TransPrune(keep=0.25),
+    "transprune-count": TransPrune(keep=3, layers=(2,), accumulate=(0, 1), cosine="signed"),
+    "transprune-repo": TransPrune(keep=0.3, positions="renumber", layers=(2, 3), variant="repo"),
+    # No call here makes so many tokens, so this one never leaves its warm-up; `test_episodes` runs those that do.
+    "vlapruner": VLAPruner(keep=0.4, layer=2, action_tokens=16),
     "visionzip": VisionZip(keep=0.4),
     "visionzip-count": VisionZip(keep=3, contextual=2),
     "visionzip-repo": VisionZip(keep=0.5, contextual=2, variant="repo"),
@@ -155,12 +183,11 @@ def compress(model: nn.Module, method: Compressor, **options: Any) -> mmtoken.Se
 
 
 def drops(name: str, cell: Cell) -> bool:
-    """Whether tokens leave the sequence: filling a region leaves all, presses too, and DyCoke passes images."""
-    if COMPRESSORS[name].sites == {"cache"}:
+    """Whether tokens leave the sequence: filled regions and presses leave all, DyCoke images, VLA-Pruner at first."""
+    whole = ("regionmask-zero", "regionmask-mean", "regionmask-patches-zero", "vlapruner")
+    if name.startswith(whole) or COMPRESSORS[name].sites == {"cache"}:
         return False
-    return not name.startswith(("regionmask-zero", "regionmask-mean", "regionmask-patches-zero")) and (
-        not name.startswith("dycoke") or cell[1] == "video"
-    )
+    return not name.startswith("dycoke") or cell[1] == "video"
 
 
 def _rest() -> set[tuple[str, Cell]]:
