@@ -197,6 +197,9 @@ class Context:
     original_counts: list[int]
     """Eligible tokens per item before any cut at this stage (the tower, or the decoder)."""
 
+    encoded_counts: list[int]
+    """Eligible tokens per item before any cut at all, also those in the tower (decoder sites)."""
+
     steps: list[int]
     """Temporal grid steps per item (1 for images), over which an int budget is pooled (decoder sites)."""
 

@@ -127,6 +127,7 @@ class FlowCutHR(FlowCut):
     spread: float = 2.0
 
     title: ClassVar[str] = "FlowCut-HR"
+    parity: ClassVar[Parity] = "oracle only"
     needs: ClassVar[frozenset[Need]] = frozenset({"tower_states", "decoder_states", "text"})
     query_agnostic: ClassVar[bool] = False
     causal: ClassVar[bool] = False
@@ -162,7 +163,7 @@ class FlowCutHR(FlowCut):
         scores = text_flow(of_last(words.query), of_last(words.value), states.key, states.value, tokens.eligible)
         ctx.scores = scores
         counts = [
-            kept_count(self.keep, total, steps) for total, steps in zip(ctx.original_counts, tokens.steps, strict=True)
+            kept_count(self.keep, total, steps) for total, steps in zip(ctx.encoded_counts, tokens.steps, strict=True)
         ]
         return tokens.top(scores, counts)
 
@@ -285,7 +286,8 @@ def text_flow(query: Tensor, value: Tensor, keys: Tensor, values: Tensor, eligib
 
     def share(one: Tensor, many: Tensor) -> Tensor:
         scores = torch.einsum("bhd,bhnd->bhn", one.float(), many) * scale
-        return scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
+        weights: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
+        return weights
 
     # Values are alike for heads that share them, so their mean over all heads is that over the shared ones.
     relevance = share(query, keys.repeat_interleave(shared, 1))

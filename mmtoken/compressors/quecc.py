@@ -164,10 +164,9 @@ class QueCCParts(nn.Module):
         key, value = (_gather(part(levels), index, inside).flatten(0, 1) for part in (self.key, self.value))
         # A window of padding attends to zeros, since softmax over nothing is not a number.
         hidden = ~(inside | ~inside.any(-1, keepdim=True)).flatten(0, 1)
-        made: Tensor = self.attention(
-            pooled.flatten(0, 1)[:, None], key, value, key_padding_mask=hidden, need_weights=False
-        )[0]
-        return made[:, 0].unflatten(0, index.shape[:2])
+        asked = pooled.flatten(0, 1)[:, None]
+        made: Tensor = self.attention(asked, key, value, key_padding_mask=hidden, need_weights=False)[0]
+        return made.view(pooled.shape)
 
 
 def _mlp(width_in: int, width: int) -> nn.Sequential:
@@ -179,7 +178,7 @@ def _mlp(width_in: int, width: int) -> nn.Sequential:
 def _gather(values: Tensor, index: Tensor, inside: Tensor) -> Tensor:
     """float[B, C, J, D] of float[B, N, D] at int[B, C, J], zeros where not inside."""
     flat = index.flatten(1)[..., None].expand(-1, -1, values.shape[-1])
-    return values.gather(1, flat).unflatten(1, index.shape[1:]).masked_fill(~inside[..., None], 0.0)
+    return values.gather(1, flat).view(*index.shape, -1).masked_fill(~inside[..., None], 0.0)
 
 
 def windows(tokens: VisualTokens, kernel: int) -> tuple[Tensor, Tensor, Tensor]:

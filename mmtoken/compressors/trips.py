@@ -205,7 +205,8 @@ def text_query(
             f"text has width {text.shape[-1]} but the block's query projection takes {width}; map it to the tower's "
             "width first, or use joint_attention."
         )
-    return projection(text if norm is None else norm(text)).unflatten(-1, (heads, -1))
+    query = projection(text if norm is None else norm(text))
+    return query.view(len(query), heads, -1)
 
 
 def joint_attention(text: Tensor, patches: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:

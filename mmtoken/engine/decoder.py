@@ -195,6 +195,8 @@ class DecoderHooks:
         start_report(self.session, call, self.shape, encoded)
         call.embeds, keep = self._decide(call)
         call.entered = call.tokens.counts()
+        if self.thread.report is not None:
+            self.thread.report.entered = call.tokens.kept()
         call.cut = call.base = Cut.of(0, keep, hides=self.hides)
         self.listening.begin(call)
         call.started = self.session.clock()

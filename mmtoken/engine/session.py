@@ -104,7 +104,7 @@ def _check(backbone: Backbone, given: Compressor | Trained, visual: Tensor | Non
 def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) -> None:
     name = type(method).__name__
     decoder: Any = backbone.decoder
-    if "prompt" in method.needs and decoder is None:
+    if method.needs & {"prompt", "text"} and decoder is None:
         raise UnsupportedError(f"{name} reads the prompt, and a {backbone.name} has none.")
     if backbone.tower() is None:
         if visual is None:

@@ -128,6 +128,10 @@ class Given(Context):
     def steps(self) -> list[int]:
         return [1] * len(self.original_counts)
 
+    @property
+    def encoded_counts(self) -> list[int]:  # type: ignore[override]
+        return self.original_counts
+
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         return self.seeds
 

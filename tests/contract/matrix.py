@@ -29,6 +29,8 @@ from mmtoken.compressors import (
     DyCoke,
     ExpectedAttention,
     FastV,
+    FlowCut,
+    FlowCutHR,
     HoloV,
     KeyDiff,
     Knorm,
@@ -63,6 +65,12 @@ COMPRESSORS: dict[str, Compressor] = {
     "fastv-count": FastV(keep=3, layer=1),
     "fastv-last-layer": FastV(keep=0.25, layer=3),
     "fastv-renumber": FastV(keep=0.4, layer=2, positions="renumber"),
+    "flowcut": FlowCut(keep=0.4),
+    "flowcut-count": FlowCut(keep=3, interval=1),
+    "flowcut-repo": FlowCut(keep=0.4, variant="repo", interval=1),
+    "flowcut-renumber": FlowCut(keep=0.4, positions="renumber"),
+    "flowcuthr": FlowCutHR(keep=0.3, layer=2),
+    "flowcuthr-renumber": FlowCutHR(keep=3, layer=1, positions="renumber"),
     "pyramiddrop": PyramidDrop(keep=0.25),
     "pyramiddrop-count": PyramidDrop(keep=2, layers=(1, 2)),
     "pyramiddrop-shares": PyramidDrop(keep=0.25, layers=(1, 3), shares=(0.5, 0.25)),
@@ -175,9 +183,11 @@ def compress(model: nn.Module, method: Compressor, **options: Any) -> mmtoken.Se
 
 
 def drops(name: str, cell: Cell) -> bool:
-    """Whether a pair lets tokens go: filling a region leaves all, DyCoke passes images, VLA-Pruner its first calls."""
+    """Whether tokens leave the sequence: filled regions and presses leave all, DyCoke images, VLA-Pruner at first."""
     whole = ("regionmask-zero", "regionmask-mean", "regionmask-patches-zero", "vlapruner")
-    return not name.startswith(whole) and (not name.startswith("dycoke") or cell[1] == "video")
+    if name.startswith(whole) or COMPRESSORS[name].sites == {"cache"}:
+        return False
+    return not name.startswith("dycoke") or cell[1] == "video"
 
 
 def _rest() -> set[tuple[str, Cell]]:

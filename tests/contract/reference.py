@@ -42,10 +42,37 @@ def kept_by_layer(report: Report, separators: Tensor, depth: int) -> dict[int, T
     cuts = {site.layer: mask(site.kept) for site in report.sites if site.site == "llm_layer"}
     if not cuts:
         return dict.fromkeys(range(depth), mask(report.kept))
-    keep = torch.ones_like(never)
+    keep = mask(report.entered)
     masks = {}
     for layer in range(depth):
         keep = masks[layer] = cuts.get(layer, keep)
+    return masks
+
+
+def evicted_by_layer(report: Report, keep: KeepPerLayer) -> dict[int, Tensor]:
+    """bool[B, G, L] for every layer that the cache site acted on: the keys that tokens after the prompt see per head.
+
+    Only visual tokens may have been evicted.
+
+    Args:
+        report: of one prefill.
+        keep: what the layers see during the prefill, from `kept_by_layer`.
+    """
+    masks = {}
+    for site in report.sites:
+        if site.site != "cache" or site.heads is None or site.layer is None:
+            continue
+        groups = len(site.heads[0])
+        seen = keep[site.layer][:, None].repeat(1, groups, 1)
+        for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
+            for head, left in enumerate(site.heads[item]):
+                gone = torch.ones(len(places), dtype=torch.bool)
+                gone[left] = False
+                assert report.tokens is not None
+                where = report.tokens.valid[item] & report.tokens.protected[item]
+                gone[report.tokens.source[item, where].cpu()] = False
+                seen[row, head, places[gone]] = False
+        masks[site.layer] = seen
     return masks
 
 

@@ -26,7 +26,10 @@ TOWERS = ("clip_vision", "siglip_vision")
 AT_THE_DECODER = [
     name
     for name, method in COMPRESSORS.items()
-    if method.positions == "keep" and method.sites <= {"prepare", "llm_input", "llm_layer"}
+    if method.positions == "keep"
+    and method.sites <= {"prepare", "llm_input", "llm_layer"}
+    and not method.needs & {"tower_attention", "tower_keys"}
+    and not name.startswith(("dycoke", "regionmask"))  # marked tokens lie on no grid
 ]
 
 
@@ -91,7 +94,7 @@ def pixels(family: str) -> Tensor:
 
 
 @pytest.mark.parametrize("family", TOWERS)
-@pytest.mark.parametrize("name", ["divprune", "random", "uniformgrid", "visionzip", "tome"])
+@pytest.mark.parametrize("name", ["divprune", "random", "uniformgrid", "visionzip", "vispruner", "holov", "tome"])
 def test_a_bare_tower_that_keeps_everything_is_the_plain_one_to_the_bit(name: str, family: str) -> None:
     model, images = tiny(family), pixels(family)
     method = dataclasses.replace(COMPRESSORS[name], keep=1.0)
@@ -107,7 +110,9 @@ def test_a_bare_tower_that_keeps_everything_is_the_plain_one_to_the_bit(name: st
 
 
 @pytest.mark.parametrize("family", TOWERS)
-@pytest.mark.parametrize("name", ["divprune", "random", "uniformgrid", "visionzip", "tome"])
+@pytest.mark.parametrize(
+    "name", ["divprune", "prumerge", "random", "uniformgrid", "visionzip", "vispruner", "holov", "tome"]
+)
 def test_a_bare_tower_stays_a_drop_in(name: str, family: str) -> None:
     model, images = tiny(family), pixels(family)
     with torch.no_grad():

@@ -15,6 +15,7 @@ from tests.contract.matrix import COMPRESSORS, Cell, assert_close, batch, compre
 from tests.contract.reference import (
     alone,
     assert_items_are_the_placeholders,
+    evicted_by_layer,
     given_merged,
     given_prompts,
     noting_merged,
@@ -36,14 +37,18 @@ def test_dropping_equals_masking(name: str, cell: Cell, case: str, attn: str) ->
     report = session.report
     assert len(session.reports) == 2
     assert_items_are_the_placeholders(report, model, inputs)
+    evicts = "cache" in method.sites
     assert (sum(report.tokens_out) < sum(report.tokens_in)) == drops(name, cell)
+    assert (report.kv_bytes < report.kv_bytes_dense) >= evicts
     prompts, reports = prompts_of(method, session.reports, calls), session.reports
     # Padding moves positions in a plain call but not in `generate`, and scores may depend on them: a mask per call.
     keep, first = keeps(report, cell, case), keeps(reports[0], cell, case)
+    evicted = evicted_by_layer(report, keep)
+    assert bool(evicted) == evicts
     with given_prompts(model, prompts), given_merged(model, notes, reports):
         with oracle.masked_keys(model, first):
             want_forward = logits(model, inputs)
-        with oracle.masked_keys(model, keep):
+        with oracle.masked_keys(model, evicted, decode_only=True), oracle.masked_keys(model, keep):
             want = oracle.generate_with_logits(model, inputs, max_new_tokens=4)
     left = first[max(first)] & inputs["attention_mask"].bool()
     assert_close(forward[left], want_forward[left])
@@ -70,6 +75,8 @@ def test_mask_mode_answers_like_drop_mode(name: str, cell: Cell, case: str) -> N
     assert all(lengths == report.prompt_lengths for lengths in session.report.layer_lengths)
     leaves = drops(name, cell) and not method.hides()
     assert any(lengths != report.prompt_lengths for lengths in report.layer_lengths) == leaves
+    if "cache" in method.sites:
+        assert report.kv_bytes < session.report.kv_bytes
 
 
 @pairs()

@@ -16,7 +16,19 @@ from tests.backbones.tiny_models import CELLS, build, roles
 from tests.contract.matrix import COMPRESSORS, DYNAMIC, Cell, assert_close, batch, compress, keeps, pairs, tiny
 from tests.contract.reference import given_merged, given_prompts, masked_per_call, noting_merged, prompts_of, recording
 
-METHODS = ("divprune", "uniformgrid", "random", "fastv", "pyramiddrop", "sparsevlm", "visionzip", "tome", "downscale")
+METHODS = (
+    "divprune",
+    "uniformgrid",
+    "random",
+    "fastv",
+    "pyramiddrop",
+    "sparsevlm",
+    "visionzip",
+    "tome",
+    "downscale",
+    "cdpruner",
+    "prumerge",
+)
 BATCHED: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "temperature": 0.8},

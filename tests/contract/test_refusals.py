@@ -66,6 +66,8 @@ def with_attention(name: str) -> tf.PreTrainedModel:
 # What is attached to what, and words of the message.
 ATTACH: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "a tower method on a bare decoder": (lambda: tiny("llama"), COMPRESSORS["visionzip"], "a bare decoder has none"),
+    "attention of a tower on a bare decoder": (lambda: tiny("llama"), COMPRESSORS["holov"], "a bare decoder has none"),
+    "text on a bare tower": (lambda: tiny("clip_vision"), COMPRESSORS["cdpruner"], "reads the prompt"),
     "merging in a tower on a bare decoder": (lambda: tiny("llama"), COMPRESSORS["tome"], "a bare decoder has none"),
     "a decoder method on a bare tower": (lambda: tiny("clip_vision"), COMPRESSORS["fastv"], "this is a bare tower"),
     "progressive cuts on a bare tower": (lambda: tiny("siglip_vision"), COMPRESSORS["pyramiddrop"], "a bare tower"),
