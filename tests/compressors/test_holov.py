@@ -50,7 +50,11 @@ def plain(features: Tensor, attention: Tensor, count: int, crops: int, weight: f
     gap = min([abs(value - round(value)) for value in exact] + [1.0])
     budgets = [min(len(part), math.floor(value)) for part, value in zip(parts, exact, strict=True)]
     ranked = sorted(range(crops), key=lambda c: (-shares[c], c))
-    gap = min([gap, *(shares[a] - shares[b] for a, b in itertools.pairwise(ranked))])
+    spare = count - sum(budgets)
+    close = [shares[a] - shares[b] for a, b in itertools.pairwise(ranked)]
+    if all(budget < len(part) for budget, part in zip(budgets, parts, strict=True)) and 0 < spare <= crops:
+        close = close[spare - 1 : spare]  # one each: only the last one who gets one matters
+    gap = min([gap, *close])
     while sum(budgets) < count:
         for crop in ranked:
             if sum(budgets) < count and budgets[crop] < len(parts[crop]):
