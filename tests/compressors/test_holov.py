@@ -47,14 +47,15 @@ def plain(features: Tensor, attention: Tensor, count: int, crops: int, weight: f
     scores = [score(features[part], attention[part], weight) for part in parts]
     shares = [value / (sum(scores) + 1e-6) for value in scores]
     exact = [share * count for share in shares]
-    gap = min([abs(value - round(value)) for value in exact] + [1.0])
+    gap = min([abs(value - round(value)) for value in exact if value] + [1.0])
     budgets = [min(len(part), math.floor(value)) for part, value in zip(parts, exact, strict=True)]
     ranked = sorted(range(crops), key=lambda c: (-shares[c], c))
     spare = count - sum(budgets)
     close = [shares[a] - shares[b] for a, b in itertools.pairwise(ranked)]
     if all(budget < len(part) for budget, part in zip(budgets, parts, strict=True)) and 0 < spare <= crops:
         close = close[spare - 1 : spare]  # one each: only the last one who gets one matters
-    gap = min([gap, *close])
+    # Crops that get no attention at all (padding) are equal to the bit.
+    gap = min([gap, *(distance for distance in close if distance or shares[ranked[-1]])])
     while sum(budgets) < count:
         for crop in ranked:
             if sum(budgets) < count and budgets[crop] < len(parts[crop]):
