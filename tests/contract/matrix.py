@@ -150,12 +150,13 @@ COMPRESSORS: dict[str, Compressor] = {
     "keydiff-blocks": KeyDiff(keep=0.4, block_size=7),
     "tova": TOVA(keep=0.4),
     "schedule-visionzip-fastv": Schedule(keep=0.3, parts=(VisionZip(), FastV()), ratios=(2.0, 1.0)),
+    "schedule-flowcut-visionzip": Schedule(keep=0.3, parts=(FlowCut(), VisionZip()), ratios=(2.0, 1.0)),
     "schedule-flowcut-snapkv": Schedule(keep=2, parts=(FlowCut(), SnapKV(window=4)), ratios=(2.0, 1.0)),
     "schedule-four": Schedule(
         keep=0.2, parts=(ToMe(), DivPrune(), PyramidDrop(layers=(1, 3)), Knorm()), ratios=(4.0, 3.0, 2.0, 1.0)
     ),
     "schedule-renumber": Schedule(
-        keep=0.3, positions="renumber", parts=(DivPrune(), TransPrune(layers=(1, 2)), KeyDiff()), ratios=(3.0, 2.0, 1.0)
+        keep=0.3, positions="renumber", parts=(DivPrune(), PyramidDrop(layers=(1, 3))), ratios=(2.0, 1.0)
     ),
     "random": Random(keep=0.4),
     "random-count": Random(keep=3, seed=7),
