@@ -227,6 +227,15 @@ class VisualTokens:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
+def grid_places(tokens: VisualTokens) -> Tensor:
+    """int[B, N]: the place of each token among the original ones, separators not counted; theirs have no meaning."""
+    if not tokens.source.numel():
+        return tokens.source
+    flags = torch.zeros(len(tokens), int(tokens.source.max()) + 1, dtype=torch.long, device=tokens.source.device)
+    before = flags.scatter_add(1, tokens.source, (tokens.protected & tokens.valid).long()).cumsum(-1)
+    return tokens.source - before.gather(1, tokens.source)
+
+
 def pick_rows(tensor: Tensor, index: Tensor) -> Tensor:
     """tensor[b, index[b]]: [B, L, ...] and int[B, n] give [B, n, ...]; indices out of range raise."""
     if len(index) == 1:

@@ -197,6 +197,9 @@ class Context:
     original_counts: list[int]
     """Eligible tokens per item before any cut at this stage (the tower, or the decoder)."""
 
+    encoded_counts: list[int]
+    """Eligible tokens per item before any cut at all, also those in the tower (decoder sites)."""
+
     steps: list[int]
     """Temporal grid steps per item (1 for images), over which an int budget is pooled (decoder sites)."""
 
@@ -330,6 +333,7 @@ class Compressor(ABC):
         budget: how closely `keep` is met.
         identity_at_full: True if keep=1.0 is the plain model to the bit, else the reason why not.
         sites: names of the site methods that the class overrides.
+        nested: names of the settings that hold other compressors.
     """
 
     keep: int | float
@@ -352,6 +356,7 @@ class Compressor(ABC):
     budget: ClassVar[Budget] = "exact"
     identity_at_full: ClassVar[bool | str] = True
     sites: ClassVar[frozenset[str]] = frozenset()
+    nested: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -411,6 +416,17 @@ class Compressor(ABC):
     def recording(self, depth: int) -> Recording | None:
         """What to record of generated tokens for `history`; None: nothing."""
         return None
+
+    def encoder_keep(self) -> int | float:
+        """Budget of tokens that enter the decoder, for methods that cut in the tower and again in the decoder.
+
+        Methods that decide how many to keep have decided already when this is asked.
+        """
+        return 1.0 if self.budget == "adaptive" else self.keep
+
+    def vision_keep(self) -> int | float:
+        """Budget of what `vision_layer` leaves for `project`, where the projector joins patches."""
+        return 1.0
 
     def hides(self) -> bool:
         """Whether tokens that are let go stay in the decoder's sequence, unseen by the others (as mode="mask")."""

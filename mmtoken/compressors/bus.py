@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy
 from mmtoken.compressors.base import Budget, Compressor, Context, Dims, Need, Positions, check_whole
 from mmtoken.compressors.trips import marked, select_and_fuse
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
-from mmtoken.tokens import VisualTokens, check_keep, kept_count, top_mask
+from mmtoken.tokens import VisualTokens, check_keep, grid_places, kept_count, top_mask
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class BUS(Compressor):
 
     def build(self, dims: Dims) -> BUSParts:
         learned = self.keep if self.queries == "learned" and isinstance(self.keep, int) else 0
-        return BUSParts(dims.tower, dims.llm, self.heads, self.decoder_layers, learned)
+        # A projector that maps patch by patch is handed patches of the tower's width.
+        return BUSParts(dims.tokens, dims.llm, self.heads, self.decoder_layers, learned)
 
     def vision_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
         if layer != self.selecting(ctx.depth):
@@ -118,22 +119,25 @@ class BUS(Compressor):
             for total, steps in zip(tokens.counts(), tokens.steps, strict=True)
         ]
         left, fused = select_and_fuse(tokens, scores, stay, normalise=self.normalise)
+        places = grid_places(tokens)
         known = torch.full((len(tokens), max(ctx.original_counts)), -1.0, device=scores.device)
-        known = known.scatter_reduce(1, tokens.source, scores.detach().masked_fill(~tokens.eligible, -1.0), "amax")
+        rated = scores.detach().masked_fill(~tokens.eligible, -1.0)
+        known = known.scatter_reduce(1, places.masked_fill(~tokens.eligible, 0), rated, "amax")
         # No query starts from the fused token.
-        ctx.memory["scores"] = known.masked_fill(marked(left, fused, known.shape[1]), -1.0)
+        fused_at = marked(grid_places(left).masked_fill(~fused, 0), fused, known.shape[1])
+        ctx.memory["scores"] = known.masked_fill(fused_at, -1.0)
         return left
 
     def project(
         self, tokens: VisualTokens, default: Callable[[VisualTokens], VisualTokens], ctx: Context
     ) -> VisualTokens:
         parts: BUSParts = ctx.learned
-        # Where the projector reads CLS as well, it stands before the patches.
-        patch = (tokens.source - tokens.protected.sum(-1, keepdim=True)).clamp(min=0)
+        # Where the projector reads CLS as well, it comes before the patches and is protected.
+        scores = ctx.memory["scores"].gather(1, grid_places(tokens).masked_fill(~tokens.eligible, 0))
         counts = [
             kept_count(self.keep, total, steps) for total, steps in zip(ctx.original_counts, tokens.steps, strict=True)
         ]
-        picked = top_mask(ctx.memory["scores"].gather(1, patch), counts, tokens.eligible)
+        picked = top_mask(scores, counts, tokens.eligible)
         chosen = tokens.where(picked)
         everything, real = tokens.features.masked_fill(~tokens.eligible[..., None], 0.0), tokens.eligible
         cls = ctx.tower_cls(tokens)

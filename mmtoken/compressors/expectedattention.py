@@ -21,7 +21,7 @@ class ExpectedAttention(Press):
     Queries before the rotary embedding are taken as normally distributed, with the prompt's own mean and covariance,
     and turned by the mean rotation of the next `future` positions. The attention that such a query is expected to pay
     is, up to its normalisation, exp(mean . k + k C k / 2). The first `sinks` tokens are left out of the statistics and
-    stay. A prompt of no more tokens than that has one sink fewer than tokens.
+    stay. In a prompt of no more tokens than that, all but the last token are sinks.
 
     Acts once per layer, after the prefill. Differs from the paper and the official code in the default scope, visual
     tokens only.

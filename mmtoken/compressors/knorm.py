@@ -44,4 +44,5 @@ class Knorm(Press):
 
 def knorm_scores(keys: Tensor) -> Tensor:
     """float32[G, n]: minus the norm of keys float[G, n, d]."""
-    return -keys.float().norm(dim=-1)
+    lengths: Tensor = keys.float().norm(dim=-1)
+    return -lengths

@@ -145,8 +145,8 @@ def keep_best(scores: Tensor, shares: list[Share]) -> Tensor:
     """
     if bool(scores.isnan().any()):
         raise InputError(
-            "scores of cached entries contain NaN for item 0; every entry needs numbers. Check the pixels and the "
-            "weights for NaN or infinities (in float16, try bfloat16)."
+            "scores of cached entries contain NaN; every entry needs numbers. Check the pixels and the weights for NaN "
+            "or infinities (in float16, try bfloat16)."
         )
     stay = torch.ones_like(scores, dtype=torch.bool)
     for share in shares:
@@ -167,4 +167,5 @@ def last_rows(queries: Tensor, keys: Tensor, count: int, scaling: float) -> Tens
 
 def over_groups(values: Tensor, groups: int) -> Tensor:
     """float[G, ...]: the mean over the query heads that share a key/value head, of float[H, ...]."""
-    return values.unflatten(0, (groups, -1)).mean(1)
+    means: Tensor = values.unflatten(0, (groups, -1)).mean(1)
+    return means

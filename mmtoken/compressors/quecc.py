@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmtoken.compressors.base import Budget, Compressor, Context, Dims, Need, Parity, Positions, check_whole
 from mmtoken.errors import MMTokenError, UnsupportedError
-from mmtoken.tokens import Grid, VisualTokens
+from mmtoken.tokens import Grid, VisualTokens, grid_places
 
 EPSILON = 1e-6
 """Of the layer norms."""
@@ -83,7 +83,7 @@ class QueCC(Compressor):
     @property
     def kernel(self) -> int:
         """k, the side of a window."""
-        return math.ceil(self.keep**-0.5 - 1e-9)
+        return math.ceil(math.sqrt(1 / self.keep) - 1e-9)
 
     def tower_layers(self, depth: int, blocks: int) -> tuple[int, ...]:
         if self.levels is None:
@@ -164,9 +164,9 @@ class QueCCParts(nn.Module):
         key, value = (_gather(part(levels), index, inside).flatten(0, 1) for part in (self.key, self.value))
         # A window of padding attends to zeros, since softmax over nothing is not a number.
         hidden = ~(inside | ~inside.any(-1, keepdim=True)).flatten(0, 1)
-        made, _ = self.attention(pooled.flatten(0, 1)[:, None], key, value, key_padding_mask=hidden, need_weights=False)
-        result: Tensor = made[:, 0].unflatten(0, index.shape[:2])
-        return result
+        asked = pooled.flatten(0, 1)[:, None]
+        made: Tensor = self.attention(asked, key, value, key_padding_mask=hidden, need_weights=False)[0]
+        return made.view(pooled.shape)
 
 
 def _mlp(width_in: int, width: int) -> nn.Sequential:
@@ -178,7 +178,7 @@ def _mlp(width_in: int, width: int) -> nn.Sequential:
 def _gather(values: Tensor, index: Tensor, inside: Tensor) -> Tensor:
     """float[B, C, J, D] of float[B, N, D] at int[B, C, J], zeros where not inside."""
     flat = index.flatten(1)[..., None].expand(-1, -1, values.shape[-1])
-    return values.gather(1, flat).unflatten(1, index.shape[1:]).masked_fill(~inside[..., None], 0.0)
+    return values.gather(1, flat).view(*index.shape, -1).masked_fill(~inside[..., None], 0.0)
 
 
 def windows(tokens: VisualTokens, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,15 +193,14 @@ def windows(tokens: VisualTokens, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
         Windows without any token are left out; rows with fewer are padded with empty ones.
     """
     found, slots = [], []
+    places = grid_places(tokens)
     for row, grid in enumerate(tokens.grid):
         mine = tokens.eligible[row].nonzero()[:, 0]
         if grid is None:
             place = torch.arange(len(mine), device=mine.device)
             cells, order = _strips(len(mine), kernel)
         else:
-            separators = tokens.source[row, tokens.valid[row] & tokens.protected[row]].sort().values
-            # Places on the grid do not count the separators before them.
-            place = tokens.source[row, mine] - torch.searchsorted(separators, tokens.source[row, mine])
+            place = places[row, mine]
             cells, order = _squares(grid, kernel)
         # The token at each place, -1 where it is gone; the last entry is for what lies over the border.
         at = torch.full((max(int(cells.max()), int(place.max())) + 2,), -1, device=mine.device)

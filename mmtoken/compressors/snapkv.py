@@ -22,8 +22,8 @@ class SnapKV(Press):
 
     The softmax runs over all keys and is causal inside the window; rows are averaged, then pooled along the sequence
     (with zeros beyond its ends), then averaged over the query heads that share a key. The window itself stays; if the
-    budget is smaller than the window, its latest tokens do. A prompt that is no longer than the window has one that
-    leaves out its first token.
+    budget is smaller than the window, its latest tokens do. In a prompt no longer than the window, the window is all
+    but its first token.
 
     Acts once per layer, after the prefill. Differs from the paper and the official code in the default scope, visual
     tokens only; from the paper, which ranks entries per query head, in heads that share keys.

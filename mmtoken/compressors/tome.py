@@ -134,17 +134,22 @@ def bipartite_soft_matching(metric: Tensor, r: int, class_token: bool = False, d
     if not odd.shape[1]:
         alone = torch.zeros(len(metric), even.shape[1], dtype=torch.long, device=metric.device)
         return Matching(alone, alone[:, :0], alone[:, :0], length, distill_token)
-    scores = even @ odd.transpose(1, 2)
+    best, partner = _most_similar(even, odd, first=int(distill_token))
     if class_token:
-        scores[:, 0, :] = -torch.inf
-    if distill_token:
-        scores[:, :, 0] = -torch.inf
-    best, partner = scores.max(-1)
+        best[:, 0] = -torch.inf
     edges = best.argsort(dim=-1, descending=True, stable=True)
     unmerged, source = edges[:, r:], edges[:, :r]
     if class_token:
         unmerged = unmerged.sort(-1).values
     return Matching(unmerged, source, partner.gather(1, source), length, distill_token)
+
+
+def _most_similar(even: Tensor, odd: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """(similarity, index) [B, E] of the best of odd[:, first:] for every even token, 256 of them at a time."""
+    if odd.shape[1] == first:
+        return torch.full_like(even[..., 0], -torch.inf), torch.zeros_like(even[..., 0], dtype=torch.long)
+    parts = [(part @ odd[:, first:].transpose(1, 2)).max(-1) for part in even.split(256, 1)]
+    return torch.cat([best for best, _ in parts], 1), torch.cat([place for _, place in parts], 1) + first
 
 
 def merge_weighted(matching: Matching, values: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ class TRIPS(Compressor):
             for count, total, waiting in zip(counts, tokens.counts(), apart.sum(-1).tolist(), strict=True)
         ]
         left, fused = select_and_fuse(tokens, scores, stay, normalise=self.normalise, apart=apart)
-        places = marked(left, fused, max(ctx.original_counts))
+        places = marked(left.source, fused, int(tokens.source.max()) + 1 if earlier is None else earlier.shape[1])
         ctx.memory["fused"] = places if earlier is None else places | earlier
         return left
 
@@ -164,11 +164,11 @@ def select_and_fuse(
     return changed.where(mask), flags.features[..., 0] & flags.valid
 
 
-def marked(tokens: VisualTokens, flags: Tensor, positions: int) -> Tensor:
-    """bool[B, positions]: the original positions of the tokens for which bool[B, N] holds."""
-    where = torch.zeros(len(tokens), positions, dtype=torch.long, device=flags.device)
-    # Padding points at a position that a token may have, so a flag once set must stay.
-    return where.scatter_add(1, tokens.source, (flags & tokens.valid).long()) > 0
+def marked(places: Tensor, flags: Tensor, length: int) -> Tensor:
+    """bool[B, length]: the places int[B, N] for which bool[B, N] holds."""
+    # Padding points at a place that a token may have, so a flag once set must stay.
+    found = torch.zeros(len(places), length, dtype=torch.long, device=places.device)
+    return found.scatter_add(1, places, flags.long()) > 0
 
 
 def text_attention(query: Tensor, keys: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -205,7 +205,8 @@ def text_query(
             f"text has width {text.shape[-1]} but the block's query projection takes {width}; map it to the tower's "
             "width first, or use joint_attention."
         )
-    return projection(text if norm is None else norm(text)).unflatten(-1, (heads, -1))
+    query = projection(text if norm is None else norm(text))
+    return query.view(len(query), heads, -1)
 
 
 def joint_attention(text: Tensor, patches: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:

@@ -114,7 +114,9 @@ def assign_to_anchors(keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]
     others[anchors] = False
     members = others.nonzero()[:, 0]
     unit = normalize(keys.detach().float(), dim=-1)
-    return anchors, members, (unit[members] @ unit[anchors].T).argmax(-1)
+    # A few rows at a time: with a fraction to keep, anchors x members grows like the square of the tokens.
+    owner = torch.cat([(part @ unit[anchors].T).argmax(-1) for part in unit[members].split(256)])
+    return anchors, members, owner
 
 
 def merge_into_anchors(

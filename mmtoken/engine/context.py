@@ -39,7 +39,8 @@ class CallContext(Context):
         self.call = call
         self.depth = len(decoder.layers)
         eligible = call.items.valid & ~call.items.protected
-        self.original_counts = call.entered or [int(n) for n in eligible.sum(-1).tolist()]
+        self.encoded_counts = [int(n) for n in eligible.sum(-1).tolist()]
+        self.original_counts = call.entered or self.encoded_counts
         self.steps = list(call.tokens.steps)
         self.memory = call.memory
         self.cropped = call.items.cropped or None

@@ -48,6 +48,10 @@ class TowerFacts:
             self._made[key] = self.carry(values)
         return self._made[key]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TowerFacts:
+        """Itself: assisted generation copies encoder outputs, and facts of a call do not change."""
+        return self
+
     def at(self, index: Tensor) -> TowerFacts:
         """The same for tokens int[n] of these."""
         carry = self.carry

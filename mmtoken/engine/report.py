@@ -54,6 +54,7 @@ class Report:
         item_rows: prompt row (sample) of each item.
         places: per item, int[N] position in the prompt row of each of its tokens, separators included.
         tokens_in: visual tokens per item before any compression, separators not counted.
+        entered: per item, int[K] indices into its `places` that entered the decoder, separators not counted.
         prompt_lengths: tokens of each prompt row before compression, padding not counted.
         layer_lengths: per decoder layer, the tokens of each prompt row that the layer processed.
         kept: per item, int[K] indices into its `places` left after the last cut, separators not counted.
@@ -72,6 +73,7 @@ class Report:
     item_rows: list[int] = field(default_factory=list)
     places: list[Tensor] = field(default_factory=list, repr=False)
     tokens_in: list[int] = field(default_factory=list)
+    entered: list[Tensor] = field(default_factory=list, repr=False)
     prompt_lengths: list[int] = field(default_factory=list)
     layer_lengths: list[list[int]] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list, repr=False)
@@ -129,6 +131,7 @@ class Report:
             "sites": [site.to_dict() for site in self.sites],
             "item_rows": self.item_rows,
             "tokens_in": self.tokens_in,
+            "entered": [indices.tolist() for indices in self.entered],
             "tokens_out": self.tokens_out,
             "prompt_lengths": self.prompt_lengths,
             "layer_lengths": self.layer_lengths,

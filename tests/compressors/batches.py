@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmtoken.compressors import (
+    BUS,
     DART,
+    TCA,
     TOVA,
+    TRIPS,
     CDPruner,
     Compressor,
     Context,
@@ -21,11 +24,14 @@ from mmtoken.compressors import (
     DyCoke,
     ExpectedAttention,
     FastV,
+    FlowCut,
+    FlowCutHR,
     HoloV,
     KeyDiff,
     Knorm,
     PruMerge,
     PyramidDrop,
+    QueCC,
     Random,
     RegionMask,
     SnapKV,
@@ -38,31 +44,39 @@ from mmtoken.compressors import (
     VisionZip,
     VisPruner,
     VLAPruner,
+    ZeroTPrune,
 )
-from mmtoken.compressors.base import CacheEntry, Rows, States, TextTokens, TowerStates, Transition
+from mmtoken.compressors.base import CacheEntry, Dims, Rows, States, TextTokens, TowerStates, Transition
 from mmtoken.tokens import VisualTokens, pick_rows
 
 SETTINGS: dict[str, Compressor] = {
+    "bus": BUS(keep=0.4, heads=1),
     "cdpruner": CDPruner(keep=0.4),
     "dart": DART(keep=0.4),
     "divprune": DivPrune(keep=0.4),
     "downscale": Downscale(keep=0.4),
     "dycoke": DyCoke(keep=0.4),
     "fastv": FastV(keep=0.4),
+    "flowcut": FlowCut(keep=0.4),
+    "flowcuthr": FlowCutHR(keep=0.4, spread=1.5),
     "holov": HoloV(keep=0.4),
     "prumerge": PruMerge(keep=0.4),
     "pyramiddrop": PyramidDrop(keep=0.4),
+    "quecc": QueCC(keep=0.4, heads=1),
     "random": Random(keep=0.4),
     "regionmask": RegionMask(),
     "tokencorr": TokenCorr(keep=0.4, tau_s=0.5),
     "sparsevlm": SparseVLM(keep=0.4),
     "sparsevlmplus": SparseVLMPlus(keep=0.4),
+    "tca": TCA(keep=0.4),
     "tome": ToMe(keep=0.4),
     "transprune": TransPrune(keep=0.4),
+    "trips": TRIPS(keep=0.4),
     "uniformgrid": UniformGrid(keep=0.4),
     "visionzip": VisionZip(keep=0.4),
     "vispruner": VisPruner(keep=0.4),
     "vlapruner": VLAPruner(keep=0.4),
+    "zerotprune": ZeroTPrune(keep=0.4),
     "expectedattention": ExpectedAttention(keep=0.4),
     "keydiff": KeyDiff(keep=0.4),
     "knorm": Knorm(keep=0.4),
@@ -117,6 +131,10 @@ class Given(Context):
     @property
     def steps(self) -> list[int]:
         return [1] * len(self.original_counts)
+
+    @property
+    def encoded_counts(self) -> list[int]:  # type: ignore[override]
+        return self.original_counts
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         return self.seeds
@@ -288,6 +306,8 @@ def act(method: Compressor, tokens: VisualTokens, given: Given) -> VisualTokens:
     Of a cache with one head, the tokens whose entries stay are left.
     """
     given.memory.clear()
+    if method.trainable:
+        given.learned = parts(method, given)
     if "vision_layer" in method.sites:
         for layer in range(1, given.depth):
             tokens = method.vision_layer(tokens, layer, given)
@@ -302,6 +322,14 @@ def act(method: Compressor, tokens: VisualTokens, given: Given) -> VisualTokens:
     if "cache" in method.sites:
         tokens = tokens.where(method.cache(entry(tokens, given), 0, given)[:, 0])
     return tokens
+
+
+def parts(method: Compressor, given: Given) -> nn.Module:
+    """Learned parts for these batches, the same ones every time."""
+    width = given.words.shape[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return method.build(Dims(tower=given.keys.shape[-1], tokens=width, llm=width, blocks=given.depth)).eval()
 
 
 def entry(tokens: VisualTokens, given: Given) -> CacheEntry:

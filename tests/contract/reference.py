@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmtoken import attached
+from mmtoken.compressors import Compressor, Context
 from mmtoken.engine.report import Report
+from mmtoken.tokens import VisualTokens
 from tests import oracle
 from tests.backbones.tiny_models import visual_mask
 
@@ -39,10 +42,37 @@ def kept_by_layer(report: Report, separators: Tensor, depth: int) -> dict[int, T
     cuts = {site.layer: mask(site.kept) for site in report.sites if site.site == "llm_layer"}
     if not cuts:
         return dict.fromkeys(range(depth), mask(report.kept))
-    keep = torch.ones_like(never)
+    keep = mask(report.entered)
     masks = {}
     for layer in range(depth):
         keep = masks[layer] = cuts.get(layer, keep)
+    return masks
+
+
+def evicted_by_layer(report: Report, keep: KeepPerLayer) -> dict[int, Tensor]:
+    """bool[B, G, L] for every layer that the cache site acted on: the keys that tokens after the prompt see per head.
+
+    Only visual tokens may have been evicted.
+
+    Args:
+        report: of one prefill.
+        keep: what the layers see during the prefill, from `kept_by_layer`.
+    """
+    masks = {}
+    for site in report.sites:
+        if site.site != "cache" or site.heads is None or site.layer is None:
+            continue
+        groups = len(site.heads[0])
+        seen = keep[site.layer][:, None].repeat(1, groups, 1)
+        for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
+            for head, left in enumerate(site.heads[item]):
+                gone = torch.ones(len(places), dtype=torch.bool)
+                gone[left] = False
+                assert report.tokens is not None
+                where = report.tokens.valid[item] & report.tokens.protected[item]
+                gone[report.tokens.source[item, where].cpu()] = False
+                seen[row, head, places[gone]] = False
+        masks[site.layer] = seen
     return masks
 
 
@@ -98,6 +128,9 @@ def recording(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
     calls: list[dict[str, Any]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        session = attached(module)  # type: ignore[arg-type]
+        if session is not None and session.thread.aside:
+            return  # the compressor reads the question, which is no call of the model's
         calls.append(dict(kwargs))
 
     handle = oracle.text_model(model).register_forward_pre_hook(note, with_kwargs=True)
@@ -132,6 +165,27 @@ def given_prompts(model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> Ite
         handle.remove()
 
 
+def prompts_of(method: Compressor, reports: Sequence[Report], calls: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Calls of the decoder as a method that merges before it leaves them; none for others."""
+    if not method.merges or "llm_layer" in method.sites:
+        return []
+    return [with_merged(reports[-1], call) for call in calls[: len(reports)]]
+
+
+def as_entered(call: Mapping[str, Any], short: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
+    """A call of the decoder with the features that the compressed one got.
+
+    Args:
+        call: the uncompressed call.
+        short: the same call as the compressed decoder got it.
+        keep: bool[B, L], the tokens that are left in it, padding not among them.
+    """
+    embeds: Tensor = call["inputs_embeds"].clone()
+    for row, left in zip(range(len(keep)), keep, strict=True):
+        embeds[row, left] = short["inputs_embeds"][row, -int(left.sum()) :]
+    return {**call, "inputs_embeds": embeds}
+
+
 def with_merged(report: Report, call: Mapping[str, Any]) -> dict[str, Any]:
     """A call of the decoder with the features of the surviving tokens at their places."""
     embeds: Tensor = call["inputs_embeds"].clone()
@@ -141,6 +195,73 @@ def with_merged(report: Report, call: Mapping[str, Any]) -> dict[str, Any]:
         valid = tokens.valid[item]
         embeds[row, places[tokens.source[item, valid]]] = tokens.features[item, valid]
     return {**call, "inputs_embeds": embeds}
+
+
+@contextmanager
+def noting_merged(method: Compressor) -> Iterator[list[tuple[int, VisualTokens]]]:
+    """What a method that merges between decoder layers leaves: (layer, tokens) of every cut, call after call."""
+    notes: list[tuple[int, VisualTokens]] = []
+    cls: Any = type(method)
+    if not method.merges or "llm_layer" not in method.sites:
+        yield notes
+        return
+    original = cls.llm_layer
+
+    def noting(self: Compressor, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
+        left: VisualTokens = original(self, tokens, layer, ctx)
+        notes.append((layer, left))
+        return left
+
+    cls.llm_layer = noting
+    try:
+        yield notes
+    finally:
+        cls.llm_layer = original
+
+
+@contextmanager
+def given_merged(
+    model: nn.Module, notes: Sequence[tuple[int, VisualTokens]], reports: Sequence[Report], beams: int = 1
+) -> Iterator[nn.Module]:
+    """Put merged features in the place of what enters decoder layers.
+
+    Args:
+        model: the unmodified model.
+        notes: see `noting_merged`.
+        reports: of the same calls; the last one stands for later prompts.
+        beams: how often each row was repeated in these calls and is not now.
+    """
+    by_layer: dict[int, list[VisualTokens]] = {}
+    for layer, tokens in notes:
+        by_layer.setdefault(layer, []).append(tokens)
+
+    def hook(left: list[VisualTokens]) -> Any:
+        number = iter(range(1 << 30))
+
+        def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0]
+            if hidden.shape[1] <= max(int(places.max()) for places in reports[0].places):
+                return None  # no prompt
+            call = min(next(number), len(left) - 1)
+            hidden, report = hidden.clone(), reports[min(call, len(reports) - 1)]
+            for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
+                if row % beams:
+                    continue
+                where = left[call].valid[item]
+                hidden[row // beams, places[left[call].source[item, where]]] = left[call].features[item, where]
+            return (hidden, *args[1:]), kwargs
+
+        return change
+
+    layers = oracle.text_model(model).layers
+    handles = [
+        layers[layer].register_forward_pre_hook(hook(left), with_kwargs=True) for layer, left in by_layer.items()
+    ]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def alone(model: nn.Module, cell: tuple[str, str], inputs: oracle.Inputs, row: int) -> dict[str, Tensor]:

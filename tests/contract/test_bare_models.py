@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtoken import compress
 from tests import oracle
-from tests.contract.matrix import COMPRESSORS, assert_close, tiny
-from tests.contract.reference import given_prompts, kept_by_layer, masked_per_call, recording, with_merged
+from tests.contract.matrix import COMPRESSORS, assert_close, compress, drops, tiny
+from tests.contract.reference import (
+    given_merged,
+    given_prompts,
+    kept_by_layer,
+    masked_per_call,
+    noting_merged,
+    prompts_of,
+    recording,
+)
 
 pytestmark = pytest.mark.lowest
 DECODERS = ("llama", "qwen2")
@@ -50,16 +57,17 @@ def test_a_bare_decoder_drops_marked_tokens_as_if_masked(name: str, family: str,
     def run() -> oracle.Generated:
         return oracle.generate_with_logits(model, inputs, max_new_tokens=4)
 
-    with recording(model) as calls, compress(model, method, visual=visual) as session:
+    noting = noting_merged(method)
+    with recording(model) as calls, noting as notes, compress(model, method, visual=visual) as session:
         got = run()
     report = session.report
     assert report.item_rows == [0, 1, 1]
-    assert sum(report.tokens_out) < sum(report.tokens_in) == int(visual.sum())
+    assert (sum(report.tokens_out) < sum(report.tokens_in)) == drops(name, (family, "image"))
+    assert sum(report.tokens_in) == int(visual.sum())
     keep = kept_by_layer(report, torch.zeros_like(visual), 4)
-    prompts = []
-    if method.merges:
-        prompts = [with_merged(report, {"inputs_embeds": model.get_input_embeddings()(calls[0]["input_ids"])})]
-    with given_prompts(model, prompts), masked_per_call(model, [keep]):
+    embeds = [{"inputs_embeds": model.get_input_embeddings()(calls[0]["input_ids"])}]
+    prompts = prompts_of(method, session.reports, embeds)
+    with given_prompts(model, prompts), given_merged(model, notes, [report]), masked_per_call(model, [keep]):
         want = run()
     assert torch.equal(got.sequences, want.sequences)
     assert_close(got.logits, want.logits)

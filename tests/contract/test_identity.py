@@ -7,10 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from mmtoken import compress
 from mmtoken.compressors import VisionZip
 from tests import oracle
-from tests.contract.matrix import COMPRESSORS, Cell, batch, dense, dense_logits, logits, pairs, tiny
+from tests.contract.matrix import COMPRESSORS, Cell, batch, compress, dense, dense_logits, logits, pairs, tiny
 from tests.contract.reference import assert_items_are_the_placeholders
 
 IDENTICAL = [name for name, method in COMPRESSORS.items() if method.identity_at_full is True and "repo" not in name]

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtoken import compress
 from mmtoken.engine.report import Report
 from tests import oracle
 from tests.backbones.tiny_models import CELLS
-from tests.contract.matrix import COMPRESSORS, Cell, assert_close, batch, logits, pairs, protected, tiny
+from tests.contract.matrix import COMPRESSORS, Cell, assert_close, batch, compress, logits, pairs, protected, tiny
 from tests.contract.reference import recording
 from tests.contract.test_selections import GAP, best, count_of, steps_of
 

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 from transformers import StaticCache
 
-from mmtoken import compress
 from mmtoken.engine.session import Session
 from tests import oracle
 from tests.backbones.tiny_models import CELLS, build, roles
-from tests.contract.matrix import COMPRESSORS, DYNAMIC, Cell, assert_close, batch, keeps, pairs, tiny
-from tests.contract.reference import given_prompts, masked_per_call, recording, with_merged
+from tests.contract.matrix import COMPRESSORS, DYNAMIC, Cell, assert_close, batch, compress, keeps, pairs, tiny
+from tests.contract.reference import given_merged, given_prompts, masked_per_call, noting_merged, prompts_of, recording
 
 METHODS = (
     "divprune",
@@ -23,6 +22,7 @@ METHODS = (
     "random",
     "fastv",
     "pyramiddrop",
+    "sparsevlm",
     "visionzip",
     "tome",
     "downscale",
@@ -50,13 +50,12 @@ def options(family: str) -> dict[str, Any]:
 def compare(name: str, cell: Cell, case: str, run: Callable[[nn.Module], oracle.Generated]) -> Session:
     """Run a model compressed and masked; the mask of every call is what its own report says was dropped."""
     model, method = tiny(cell[0]), COMPRESSORS[name]
-    with recording(model) as calls, compress(model, method) as session:
+    with recording(model) as calls, noting_merged(method) as notes, compress(model, method) as session:
         got = run(model)
-    prompts = calls[: len(session.reports)] if method.merges else []
-    prompts = [with_merged(session.report, call) for call in prompts]
+    prompts, reports = prompts_of(method, session.reports, calls), session.reports
     masks = [keeps(report, cell, case) for report in session.reports]
     assert not any(bool(mask[max(mask)].all()) for mask in masks)
-    with given_prompts(model, prompts), masked_per_call(model, masks):
+    with given_prompts(model, prompts), given_merged(model, notes, reports), masked_per_call(model, masks):
         want = run(model)
     assert torch.equal(got.sequences, want.sequences)
     assert_close(got.logits, want.logits)

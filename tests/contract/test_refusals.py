@@ -10,12 +10,12 @@ import torch
 import transformers as tf
 from transformers import cache_utils
 
-from mmtoken import MMTokenError, attach, check, compress
+from mmtoken import MMTokenError, attach, check
 from mmtoken.compressors import DivPrune, FastV, PyramidDrop
 from mmtoken.errors import InputError, UnsupportedError
 from tests import oracle
 from tests.backbones.tiny_models import CELLS, build
-from tests.contract.matrix import COMPRESSORS, Cell, batch, logits, marks, refused, tiny
+from tests.contract.matrix import COMPRESSORS, Cell, batch, compress, logits, marks, refused, tiny
 
 pytestmark = pytest.mark.lowest
 LLAVA = ("llava", "image")

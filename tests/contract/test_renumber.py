@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtoken import compress
 from tests import oracle
 from tests.backbones.tiny_models import visual_mask
-from tests.contract.matrix import COMPRESSORS, DYNAMIC, Cell, assert_close, batch, keeps, pairs, tiny
-from tests.contract.reference import recording, with_merged
+from tests.contract.matrix import COMPRESSORS, DYNAMIC, Cell, assert_close, batch, compress, keeps, pairs, tiny
+from tests.contract.reference import given_merged, noting_merged, prompts_of, recording
 from tests.contract.test_modes import loop, options, two_turns
 
 RENUMBERED = [name for name, method in COMPRESSORS.items() if method.positions == "renumber"]
@@ -147,11 +146,12 @@ def test_renumbering_equals_compacted_positions(name: str, cell: Cell, mode: str
     if mode == "loop" and cell[0] in DYNAMIC:
         case = "plain"  # transformers decodes padded batches of these by generate only
     model, inputs, method = tiny(cell[0]), batch(cell, case), COMPRESSORS[name]
-    with recording(model) as calls, compress(model, method) as session:
+    with recording(model) as calls, noting_merged(method) as notes, compress(model, method) as session:
         got = MODES[mode](model, cell, inputs)
     report = session.report
-    prompt = with_merged(report, calls[0]) if method.merges else calls[0]
-    want = reference(model, inputs, prompt, keeps(report, cell, case), got.sequences)
+    (prompt,) = prompts_of(method, [report], calls) or calls[:1]
+    with given_merged(model, notes, [report]):
+        want = reference(model, inputs, prompt, keeps(report, cell, case), got.sequences)
     steps = got.logits.shape[1]
     unread = 0 if mode == "loop" else 1  # the last token that generate appends has no logits of its own
     stop = want.shape[1] - unread
@@ -161,7 +161,7 @@ def test_renumbering_equals_compacted_positions(name: str, cell: Cell, mode: str
 @pairs(RENUMBERED)
 def test_beams_score_their_answers_with_compacted_positions(name: str, cell: Cell) -> None:
     model, inputs, method = tiny(cell[0]), batch(cell, "plain"), COMPRESSORS[name]
-    with recording(model) as calls, compress(model, method) as session:
+    with recording(model) as calls, noting_merged(method) as notes, compress(model, method) as session:
         out = model.generate(
             **oracle.clone(inputs),
             num_beams=3,
@@ -170,7 +170,7 @@ def test_beams_score_their_answers_with_compacted_positions(name: str, cell: Cel
             output_scores=True,
             return_dict_in_generate=True,
         )
-    prompt = with_merged(session.report, calls[0]) if method.merges else dict(calls[0])
+    (prompt,) = map(dict, prompts_of(method, [session.report], calls) or calls[:1])
     for name_of in ("inputs_embeds", "position_ids", "visual_pos_masks"):
         value = prompt.get(name_of)
         if value is not None:
@@ -180,6 +180,7 @@ def test_beams_score_their_answers_with_compacted_positions(name: str, cell: Cel
             layer.view(6, -1, layer.shape[-1])[::3].flatten(0, 1) for layer in prompt["deepstack_visual_embeds"]
         ]
     keep = {layer: mask[::3] for layer, mask in keeps(session.report, cell, "plain").items()}
-    want = reference(model, inputs, prompt, keep, out.sequences)[:, -5:-1].log_softmax(-1)
+    with given_merged(model, notes, [session.report], beams=3):
+        want = reference(model, inputs, prompt, keep, out.sequences)[:, -5:-1].log_softmax(-1)
     scores = want.gather(-1, out.sequences[:, -4:, None]).sum((1, 2)) / 4
     assert_close(out.sequences_scores, scores)

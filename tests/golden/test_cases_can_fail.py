@@ -8,21 +8,30 @@ from collections.abc import Callable
 import pytest
 import torch
 
-<<<<<<< HEAD
 from tests.golden import (
+    test_dycoke,
     test_fastv,
+    test_flowcut,
+    test_kvpress,
+    test_prumerge,
     test_pyramiddrop,
+    test_quecc,
     test_sparsevlm,
     test_tome,
     test_transprune,
     test_visionzip,
     test_vla_pruner,
 )
-from tests.golden.case import EXPECTED, HOME, GoldenCase, find_cases
+from tests.golden.case import HOME, GoldenCase, find_cases
 
 MODULES = (
+    test_dycoke,
     test_fastv,
+    test_flowcut,
+    test_kvpress,
+    test_prumerge,
     test_pyramiddrop,
+    test_quecc,
     test_sparsevlm,
     test_tome,
     test_transprune,
@@ -30,15 +39,6 @@ MODULES = (
     test_vla_pruner,
 )
 CHECKS: dict[str, Callable[[GoldenCase], None]] = {module.METHOD: module.check for module in MODULES}
-=======
-from tests.golden import test_dycoke, test_fastv, test_prumerge, test_pyramiddrop, test_tome, test_visionzip
-from tests.golden.case import EXPECTED, HOME, GoldenCase, find_cases
-
-CHECKS: dict[str, Callable[[GoldenCase], None]] = {
-    module.METHOD: module.check
-    for module in (test_dycoke, test_fastv, test_prumerge, test_pyramiddrop, test_tome, test_visionzip)
-}
->>>>>>> features
 CASES = [(method, path) for method in CHECKS for path in find_cases(HOME, method)]
 
 
@@ -47,46 +47,24 @@ def fresh(case: GoldenCase) -> GoldenCase:
     return dataclasses.replace(case, tensors=dict(case.tensors), read=set(), compared={}, unused=set())
 
 
-<<<<<<< HEAD
 def spoil(case: GoldenCase, name: str, kind: str, seed: int) -> GoldenCase:
-    """The case with one index changed, or one float off by ten times the tolerance of its kind."""
-=======
-def spoil(case: GoldenCase, name: str, seed: int) -> GoldenCase:
-    """The case with one index changed, or one float off by ten times the absolute tolerance of its kind.
-
-    Where numbers must be exact, it is off by a millionth.
-    """
->>>>>>> features
+    """The case with one index changed, or one float off by ten times its tolerance (by a millionth if exact)."""
     spoilt = fresh(case)
     value = spoilt.tensors[name] = case.tensors[name].clone()
     place = int(torch.randint(value.numel(), (), generator=torch.Generator().manual_seed(seed)))
     if value.is_floating_point():
-<<<<<<< HEAD
-        value.view(-1)[place] += 10 * float(case.tolerance(kind, value.view(-1)[place]))
-=======
-        (kind,) = [kind for kind in case.description["tolerance"] if kind in kinds(name)]
-        zero = torch.zeros(1)
-        value.view(-1)[place] += 10 * float(case.tolerance(kind, zero)) or 1e-6
->>>>>>> features
+        value.view(-1)[place] += 10 * float(case.tolerance(kind, value.view(-1)[place])) or 1e-6
     else:
         value.view(-1)[place] += 1 if seed % 2 else -1
     return spoilt
 
 
-<<<<<<< HEAD
-=======
-def kinds(name: str) -> set[str]:
-    """Names under which a case may state the tolerance of a tensor."""
-    return {"scores"} if "score" in name else {"logits", "output", "tokens", "values"}
-
-
->>>>>>> features
 @pytest.mark.parametrize(("method", "path"), CASES, ids=lambda value: getattr(value, "name", value))
 def test_one_wrong_number_in_any_expected_tensor_turns_a_case_red(method, path):
     case = GoldenCase.load(path)
     clean = fresh(case)
     CHECKS[method](clean)
-    assert set(clean.compared) == {name for name in case.tensors if name.startswith(EXPECTED)} - clean.unused
+    assert set(clean.compared) == {name for name in case.tensors if case.is_expected(name)} - clean.unused
     for seed, name in enumerate(clean.compared):
         if not case.tensors[name].numel():
             continue  # nothing is merged in this round: there is no number to change

@@ -92,7 +92,7 @@ def check_order(case: GoldenCase, name: str, kept: Tensor, score: Tensor) -> Non
     (Repeated tokens have keys of equal length, and protected entries have one score for all.)
     """
     official = case.tensors[name]
-    case.compared.add(name)
+    case.compared[name] = "scores"
     assert torch.equal(official.sort().values, kept), f"{name}: {official.tolist()} holds others than {kept.tolist()}"
     falling = score.gather(1, kept).sort(descending=True).values
     excess = (score.gather(1, official) - falling).abs() - case.tolerance("scores", falling)
