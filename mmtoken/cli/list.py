@@ -65,7 +65,7 @@ def facts(what: str) -> Rows:
 
 
 def short(rows: Rows) -> Rows:
-    """The facts of compressors that fit a terminal, and the README; the paper by its arXiv number, "-" for no, needs last."""
+    """The facts of compressors for a terminal and the README; the paper by its arXiv number, "-" for no, needs last."""
 
     def paper(row: dict[str, str]) -> str:
         _, found, number = row["paper"].partition("arXiv ")
