@@ -124,11 +124,11 @@ class TCA(Compressor):
     def _condense(
         self, tokens: VisualTokens, where: Tensor, ranking: Tensor, attention: Tensor, split: Split
     ) -> VisualTokens:
-        stay, condensed, _, clusters = split
+        stay, condensed, summed_up, clusters = split
         if stay == len(where):
             return tokens
         order = ranking.argsort(descending=True, stable=True)
-        middle, rest = order[stay : stay + condensed], order[stay + condensed :]
+        middle, rest = order[stay : stay + condensed], order[stay + condensed :][:summed_up]
         features = tokens.features[0, where].float()
         size = tokens.size[0, where]
         parts = [(where[order[:stay]], features[order[:stay]], size[order[:stay]])]
@@ -163,7 +163,7 @@ def class_attention(states: TowerStates, eligible: Tensor) -> Tensor:
     scores = torch.einsum("bhd,bhnd->bhn", asking, key).masked_fill(hidden, -torch.inf)
     scores = torch.cat([torch.einsum("bhd,bhpd->bhp", asking, states.prefix_key.float()), scores], -1)
     weights = (scores * key.shape[-1] ** -0.5).softmax(-1)[..., prefix:]
-    per_token = weights.view(*weights.shape[:2], -1, patches).sum(-1)
+    per_token: Tensor = weights.view(*weights.shape[:2], -1, patches).sum(-1)
     return per_token.masked_fill(~eligible[:, None], 0.0)
 
 
