@@ -3,6 +3,7 @@
 from mmtoken.compressors.base import Compressor, Context
 from mmtoken.compressors.bus import BUS
 from mmtoken.compressors.cdpruner import CDPruner
+from mmtoken.compressors.compose import Schedule, Sequential
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
@@ -55,6 +56,8 @@ __all__ = [
     "QueCC",
     "Random",
     "RegionMask",
+    "Schedule",
+    "Sequential",
     "SnapKV",
     "SparseVLM",
     "SparseVLMPlus",

@@ -9,6 +9,7 @@ from typing import Any, get_args, overload
 from mmtoken.compressors.base import SITES, Compressor, Positions
 from mmtoken.compressors.bus import BUS
 from mmtoken.compressors.cdpruner import CDPruner
+from mmtoken.compressors.compose import Schedule, Sequential
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
@@ -74,6 +75,10 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
 )
 
 
+COMPOSITIONS: dict[str, type[Compressor]] = {"sequential": Sequential, "schedule": Schedule}
+"""Compressors made of others, by name; they have no line of their own in lists of methods."""
+
+
 def names() -> dict[str, type[Compressor]]:
     """Classes by the name that people type: the class name in lower case."""
     return {cls.__name__.lower(): cls for cls in COMPRESSORS}
@@ -118,7 +123,8 @@ def resolve(spec: Compressor | Trained | str | dict[str, Any], **settings: Any) 
 def _find(name: str) -> type[Compressor]:
     module, _, last = name.rpartition(".")
     if not module or module == "mmtoken.compressors" or module.startswith("mmtoken.compressors."):
-        found = names().get(last.lower().replace("-", "").replace("_", ""))
+        word = last.lower().replace("-", "").replace("_", "")
+        found = names().get(word, COMPOSITIONS.get(word))
         if found is None:
             raise UnknownNameError(f"compressor={name!r} is unknown{near_names(last, names())}")
         return found
@@ -133,7 +139,7 @@ def _find(name: str) -> type[Compressor]:
 
 
 def _make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for name in settings:
         if name not in fields:
             raise MMTokenError(
@@ -141,9 +147,14 @@ def _make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
             )
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in settings:
+            example = "[...], a list of compressors" if name in cls.nested else "0.25"
             raise MMTokenError(
-                f"{name} is missing: {cls.__name__} has no default for it; give for example {name}=0.25."
+                f"{name} is missing: {cls.__name__} has no default for it; give for example {name}={example}."
             )
+    for name in cls.nested:
+        given = settings.get(name)
+        if isinstance(given, list | tuple):
+            settings = {**settings, name: tuple(part if isinstance(part, Trained) else resolve(part) for part in given)}
     return cls(**settings)
 
 
