@@ -26,6 +26,7 @@ from mmtoken.compressors.quecc import QueCC
 from mmtoken.compressors.regionmask import RegionMask
 from mmtoken.compressors.snapkv import SnapKV
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
+from mmtoken.compressors.tca import TCA
 from mmtoken.compressors.tokencorr import TokenCorr
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.tova import TOVA
@@ -35,6 +36,7 @@ from mmtoken.compressors.trips import TRIPS
 from mmtoken.compressors.visionzip import VisionZip
 from mmtoken.compressors.vispruner import VisPruner
 from mmtoken.compressors.vlapruner import VLAPruner
+from mmtoken.compressors.zerotprune import ZeroTPrune
 from mmtoken.errors import MMTokenError, UnknownNameError, near_names
 
 COMPRESSORS: tuple[type[Compressor], ...] = (
@@ -59,6 +61,8 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     VLAPruner,
     FlowCut,
     FlowCutHR,
+    ZeroTPrune,
+    TCA,
     SnapKV,
     Knorm,
     ExpectedAttention,

@@ -36,8 +36,8 @@ class ZeroTPrune(Compressor):
     square. Similarity: the less important half of the tokens is compared with the more important one, and those of it
     that resemble one of the other half most leave.
 
-    In the order "I'-S-I", one cheap round ranks, `similar` near-duplicates leave, and a full page rank over what remains
-    cuts to this block's count: large uniform areas cannot vote each other up. "I-S" cuts by importance first.
+    In the order "I'-S-I", one cheap round ranks, `similar` near-duplicates leave, and a full page rank over what is
+    left cuts to this block's count: large uniform areas cannot vote each other up. "I-S" cuts by importance first.
 
     The final code of the authors was not found; reconstructed here are the counts (the same share leaves at every cut),
     the number of near-duplicates, and the scale of the variance: published bounds fit scores with mean 1 (for scores
@@ -156,13 +156,14 @@ class ZeroTPrune(Compressor):
         final = kept_count(self.keep, total)
         if not total or stage == stages - 1:
             return final
-        return max(final, math.floor(total * (final / total) ** ((stage + 1) / stages) + 0.5))
+        share = float((final / total) ** ((stage + 1) / stages))
+        return max(final, math.floor(total * share + 0.5))
 
     def _rounds(self, block: int, depth: int) -> int:
-        first, middle, last = self.rounds
-        if block < 3 and block < depth - 3:
-            return first
-        return last if block >= depth - 3 else middle
+        """Most rounds after a block; of towers with few blocks none are early or middle."""
+        if block >= depth - 3:
+            return self.rounds[2]
+        return self.rounds[0] if block < 3 else self.rounds[1]
 
     def _features(self, tokens: VisualTokens, states: TowerStates, ctx: Context) -> Tensor:
         """float[B, N, C]: what the similarity compares."""

@@ -21,6 +21,7 @@ import mmtoken
 from mmtoken.compressors import (
     BUS,
     DART,
+    TCA,
     TOVA,
     TRIPS,
     CDPruner,
@@ -52,6 +53,7 @@ from mmtoken.compressors import (
     VisionZip,
     VisPruner,
     VLAPruner,
+    ZeroTPrune,
 )
 from mmtoken.engine.report import Report
 from tests import oracle
@@ -73,6 +75,12 @@ COMPRESSORS: dict[str, Compressor] = {
     "flowcut-renumber": FlowCut(keep=0.4, positions="renumber"),
     "flowcuthr": FlowCutHR(keep=0.3, layer=2),
     "flowcuthr-renumber": FlowCutHR(keep=3, layer=1, positions="renumber"),
+    "tca": TCA(keep=0.5),
+    "tca-repo": TCA(keep=6, variant="repo", layers=(1,)),
+    "tca-renumber": TCA(keep=0.5, positions="renumber"),
+    "zerotprune": ZeroTPrune(keep=0.4, similar=2),
+    "zerotprune-count": ZeroTPrune(keep=3, layers=(1,), order="I-S", variance=(0.0, 0.1)),
+    "zerotprune-renumber": ZeroTPrune(keep=0.4, positions="renumber"),
     "pyramiddrop": PyramidDrop(keep=0.25),
     "pyramiddrop-count": PyramidDrop(keep=2, layers=(1, 2)),
     "pyramiddrop-shares": PyramidDrop(keep=0.25, layers=(1, 3), shares=(0.5, 0.25)),
@@ -142,12 +150,13 @@ COMPRESSORS: dict[str, Compressor] = {
     "keydiff-blocks": KeyDiff(keep=0.4, block_size=7),
     "tova": TOVA(keep=0.4),
     "schedule-visionzip-fastv": Schedule(keep=0.3, parts=(VisionZip(), FastV()), ratios=(2.0, 1.0)),
+    "schedule-flowcut-visionzip": Schedule(keep=0.3, parts=(FlowCut(), VisionZip()), ratios=(2.0, 1.0)),
     "schedule-flowcut-snapkv": Schedule(keep=2, parts=(FlowCut(), SnapKV(window=4)), ratios=(2.0, 1.0)),
     "schedule-four": Schedule(
         keep=0.2, parts=(ToMe(), DivPrune(), PyramidDrop(layers=(1, 3)), Knorm()), ratios=(4.0, 3.0, 2.0, 1.0)
     ),
     "schedule-renumber": Schedule(
-        keep=0.3, positions="renumber", parts=(DivPrune(), TransPrune(layers=(1, 2)), KeyDiff()), ratios=(3.0, 2.0, 1.0)
+        keep=0.3, positions="renumber", parts=(DivPrune(), PyramidDrop(layers=(1, 3))), ratios=(2.0, 1.0)
     ),
     "random": Random(keep=0.4),
     "random-count": Random(keep=3, seed=7),
