@@ -83,7 +83,7 @@ def test_around_a_patchwise_projector(strategy: str) -> None:
         handle.remove()
     (given,) = GIVEN
     places = [0, *(place + 1 for place in LEFT)] if full else list(LEFT)
-    assert given.source.tolist() == [places] * 2
+    assert given.source.tolist() == [places] * 2 and bool(given.valid.all())
     assert given.protected.tolist() == [[full, *[False] * 6] if full else [False] * 6] * 2
     assert given.size.tolist() == [[1.0, *[2.0] * 6] if full else [2.0] * 6] * 2
     patches = entered[0] if full else entered[0][:, 1:]
