@@ -232,7 +232,8 @@ def outliers(attention: Tensor, factor: float) -> Tensor:
     Quartiles are interpolated linearly; without any spread nothing stands out.
     """
     low, high = torch.quantile(attention.double(), attention.new_tensor([0.25, 0.75], dtype=torch.double))
-    return attention.double() > high + factor * (high - low)
+    bound: Tensor = high + factor * (high - low)
+    return attention.double() > bound
 
 
 def drawing_order(attention: Tensor, seed: int | None) -> Tensor:

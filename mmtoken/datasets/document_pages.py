@@ -170,9 +170,10 @@ def glyph(character: str, size: int, weight: str) -> NDArray[np.float32]:
     pen.text((size, size // 4), character.upper(), font=font, fill=255)
     if weight == "wide":
         canvas = canvas.resize((round(3.6 * size), 2 * size), PILImage.Resampling.BILINEAR)
-    mask = np.asarray(canvas, dtype=np.float32) / 255
+    mask: NDArray[np.float32] = np.asarray(canvas, dtype=np.float32) / np.float32(255)
     if weight == "bold":
-        mask = np.maximum(mask, np.pad(mask, ((0, 0), (1, 0)))[:, :-1] * 0.8)
+        shifted = np.pad(mask, ((0, 0), (1, 0)))[:, :-1] * np.float32(0.8)
+        mask = np.maximum(mask, shifted).astype(np.float32)
     rows, columns = np.flatnonzero(mask.max(1) > 0.1), np.flatnonzero(mask.max(0) > 0.1)
     cropped: NDArray[np.float32] = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return cropped
@@ -191,9 +192,9 @@ def draw_page(rng: np.random.Generator) -> Page:
     for i, kind in enumerate(kinds):
         x, y = i % columns * REGION, i // columns * REGION
         regions.append(_DRAW[kind](rng, _Canvas(ink, colour, x, y), labels))
-    image = paper * (1 - ink[..., None]) + colour * ink[..., None]
-    image = image + rng.standard_normal((*ink.shape, 1), dtype=np.float32) * 2
-    return Page(np.clip(image, 0, 255).astype(np.uint8), rows, columns, tuple(regions))
+    drawn = paper * (1 - ink[..., None]) + colour * ink[..., None]
+    noisy = drawn + rng.standard_normal((*ink.shape, 1), dtype=np.float32) * 2
+    return Page(np.clip(noisy, 0, 255).astype(np.uint8), rows, columns, tuple(regions))
 
 
 def _kinds(rng: np.random.Generator) -> list[str]:
@@ -317,9 +318,9 @@ def _text(rng: np.random.Generator, canvas: _Canvas, labels: list[str]) -> Regio
             mask = glyph(_FILLER[letter], 8, "plain")
             if x + mask.shape[1] > end:
                 break
-            canvas.stamp(mask, x, y)
+            _, _, right, bottom = canvas.stamp(mask, x, y)
             x += mask.shape[1] + (4 if gap else 1)
-        boxes.append((canvas.x + 2, canvas.y + y, canvas.x + x, canvas.y + y + 6))
+        boxes.append((canvas.x + 2, canvas.y + y, right, bottom))
     return Region("text", canvas.box, text=tuple(boxes))
 
 

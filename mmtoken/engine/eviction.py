@@ -149,6 +149,7 @@ class Eviction:
         columns = stored.all_columns()
         entry, index = self._entry(call, stored, columns)
         context = self.context(call, hidden)
+        context.learned = None if session.trained is None else session.trained.module
         started = session.clock()
         keep = session.compressor.cache(entry, number, context)
         seconds = session.clock() - started

@@ -126,11 +126,12 @@ def answer(model: PreTrainedModel, processor: Any, entrant: Entrant, prepared: P
                 measured = _dense_measures(model, batch)
             else:
                 report = session.report
-                pictures = len(report.tokens_in)
+                # One picture per question; where crops are items of their own, it is several items.
+                questions = len(batch.index)
                 measured = {
-                    "tokens_in": sum(report.tokens_in) / pictures,
-                    "tokens_out": sum(report.tokens_out) / pictures,
-                    "layer_average": report.layer_average,
+                    "tokens_in": sum(report.tokens_in) / questions,
+                    "tokens_out": sum(report.tokens_out) / questions,
+                    "layer_average": report.layer_average * len(report.tokens_in) / questions,
                     "flops": report.flops / len(batch.index),
                     "flops_dense": report.flops_dense / len(batch.index),
                     "kv_share": report.kv_bytes / report.kv_bytes_dense,

@@ -89,6 +89,12 @@ def _digits(pictures: int) -> list[Item]:
     return list(_items(PhotoDigits(seed=TEST_SEED, size=pictures, split="test")))
 
 
+def _pages(pictures: int) -> list[Item]:
+    from mmtoken.datasets.document_pages import DocumentPages
+
+    return list(_items(DocumentPages(seed=TEST_SEED, size=pictures)))
+
+
 def _items(samples: Any) -> Iterator[Item]:
     for index in range(len(samples)):
         sample = samples[index]
@@ -102,6 +108,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         # The longest answers are three digits and the end token.
         Benchmark("shapes_qa", "Shapes and numbers", _shapes, ask, first_line, begins_with, 4),
         Benchmark("photo_digits", "Digits on photographs", _digits, ask, first_line, begins_with, 4),
+        Benchmark("document_pages", "Document pages", _pages, ask, first_line, begins_with, 4),
     )
 }
 

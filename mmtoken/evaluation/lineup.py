@@ -27,10 +27,12 @@ class Entrant:
     Attributes:
         compressor: None for the dense model.
         keep: as asked for; 1.0 for the dense model.
+        label: title instead of the compressor's, where a line-up holds it in several roles.
     """
 
     compressor: Compressor | None = None
     keep: int | float = 1.0
+    label: str | None = None
 
     @property
     def method(self) -> str:
@@ -39,6 +41,8 @@ class Entrant:
 
     @property
     def title(self) -> str:
+        if self.label is not None:
+            return self.label
         return "Dense" if self.compressor is None else self.compressor.title
 
     @property
@@ -48,7 +52,7 @@ class Entrant:
     @property
     def key(self) -> str:
         """Unique within a line-up."""
-        return DENSE if self.compressor is None else f"{self.method} keep={self.keep:.4g}"
+        return DENSE if self.compressor is None else f"{self.label or self.method} keep={self.keep:.4g}"
 
 
 def line_up(

@@ -20,6 +20,7 @@ class ZooModel:
         folder: in `mmtoken/assets`, in the format that transformers loads.
         card: folder of the card under `models/`.
         licence: of the weights.
+        benchmarks: what the model was trained for, by their names in `mmtoken.evaluation.benchmarks`.
     """
 
     name: str
@@ -27,6 +28,7 @@ class ZooModel:
     folder: str
     card: str
     licence: str = "Apache-2.0"
+    benchmarks: tuple[str, ...] = ("shapes_qa", "photo_digits")
 
     @property
     def path(self) -> Path:
@@ -45,6 +47,13 @@ ZOO: tuple[ZooModel, ...] = (
         "the same, with the dense patch loss (it favours saliency methods) in the first fifth of training only",
         "tiny_llava_brief_dense",
         "tiny_llava",
+    ),
+    ZooModel(
+        "tiny-document",
+        "Idefics3, 2 M parameters: reads fields, tables and figures off generated pages in crops",
+        "tiny_document",
+        "tiny_document",
+        benchmarks=("document_pages",),
     ),
 )
 

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from mmtoken import MMTokenError, attach, compress, compress_inputs
+from mmtoken.compressors import DivPrune, FastV, KeyDiff, Schedule
 from mmtoken.compressors.base import CacheEntry, Compressor, Context, Positions, Recording
 from mmtoken.engine.cache import cache_bytes
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import kept_count
 from tests import oracle
 from tests.backbones.tiny_models import CELLS, build, visual_mask
-from tests.contract.matrix import Cell, assert_close, batch, dense, dense_logits, logits, tiny
-from tests.contract.reference import alone
+from tests.contract.matrix import Cell, assert_close, batch, dense, dense_logits, keeps, logits, tiny
+from tests.contract.reference import alone, evicted_by_layer, recording
 from tests.contract.test_modes import options
+from tests.contract.test_renumber import reference
 
 LLAVA = ("llava", "image")
 cells = pytest.mark.parametrize("cell", CELLS, ids="-".join)
@@ -376,6 +378,22 @@ def test_eviction_after_cuts_agrees(cell: Cell, case: str, attn: str, drop: Any)
         want = oracle.generate_with_logits(model, inputs, max_new_tokens=5)
     assert_close(got.logits, want.logits)
     assert torch.equal(got.sequences, want.sequences)
+
+
+@cells
+@pytest.mark.parametrize("case", ["plain", "padded_ragged"])
+def test_eviction_after_renumbering_cuts_agrees(cell: Cell, case: str) -> None:
+    model, inputs = tiny(cell[0]), batch(cell, case)
+    parts = (DivPrune(), FastV(layer=2), KeyDiff())
+    method = Schedule(keep=0.25, positions="renumber", parts=parts, ratios=(3.0, 2.0, 1.0))
+    with recording(model) as calls, compress(model, method) as session:
+        got = oracle.generate_with_logits(model, inputs, max_new_tokens=5)
+    keep = keeps(session.report, cell, case)
+    evicted = evicted_by_layer(session.report, keep)
+    assert sorted(evicted) == [0, 1, 2, 3]
+    with oracle.masked_keys(model, evicted, decode_only=True):
+        want = reference(model, inputs, calls[0], keep, got.sequences)
+    assert_close(got.logits, want[:, inputs["input_ids"].shape[1] - 1 : -1])
 
 
 # ------------------------------------------------------------------------------------------- what the method is told

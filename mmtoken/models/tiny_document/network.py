@@ -7,12 +7,12 @@ a Llama decoder of the same width. Nothing is subclassed: what runs on Idefics3 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
 
-from mmtoken.datasets.document_pages import BARS, CHARACTERS, KINDS, REGION
+from mmtoken.datasets.document_pages import BARS, CHARACTERS, KINDS, LABELS, REGION
 from mmtoken.models.tiny_document.processor import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, PATCH_SIZE, SCALE, VOCABULARY
 
 
@@ -67,12 +67,7 @@ def build_network(config: NetworkConfig | None = None) -> Idefics3ForConditional
         tie_word_embeddings=False,
     )
     whole = Idefics3Config(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE_ID,
-        scale_factor=SCALE,
-        pad_token_id=PAD_ID,
-        tie_word_embeddings=False,
+        vision_config=vision, text_config=text, image_token_id=IMAGE_ID, scale_factor=SCALE, tie_word_embeddings=False
     )
     return Idefics3ForConditionalGeneration(whole)
 
@@ -84,10 +79,10 @@ class TowerStates(nn.Module):
     never are, and the loop cannot be compiled.
     """
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: Any) -> None:
         super().__init__()
         # In a tuple: the weights belong to the network, and shall not be listed twice.
-        self._tower = (tower,)
+        self._tower: tuple[Any] = (tower,)
 
     def forward(self, pixels: Tensor) -> Tensor:
         tower = self._tower[0]
@@ -101,16 +96,17 @@ class TowerStates(nn.Module):
 class AuxiliaryHeads(nn.Module):
     """Linear read-outs of the tower that stand in for pre-training; they are not part of the exported model.
 
-    On the patches of crops: the character on it (class 0: none) and the colour of the bar on it (class 0: none). On the
-    patches of the whole page: the kind of region there.
+    On the patches of crops: the character on it, the field that it belongs to (by label), the colour of the bar on it,
+    and whether that is the highest, the lowest or another bar; class 0 is none of them. On the patches of the whole
+    page: the kind of region there.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.classes = (1 + len(CHARACTERS), 1 + len(BARS), len(KINDS))
+        self.classes = (1 + len(CHARACTERS), 1 + len(LABELS), 1 + len(BARS), 1 + 3, len(KINDS))
         self.read = nn.Linear(width, sum(self.classes))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Tower output `float[..., D]` -> logits of characters, bars and kinds, `float[..., classes]` each."""
-        return torch.split(self.read(self.norm(hidden)), self.classes, dim=-1)
+        """Tower output `float[..., D]` -> logits of each of them in this order, `float[..., classes]`."""
+        return tuple(self.read(self.norm(hidden)).split(self.classes, dim=-1))

@@ -13,6 +13,7 @@ from mmtoken.datasets.document_pages import QUESTION_TYPES, Page
 from mmtoken.models.tiny_document.network import AuxiliaryHeads, NetworkConfig, TowerStates, build_network
 from mmtoken.models.tiny_document.packing import PREFIX, kind_labels, pack_pages, patch_labels, prefixes, tiles
 from mmtoken.models.tiny_document.processor import IMAGE_ID
+from mmtoken.training.export import network_state
 from mmtoken.training.objective import Objective
 from mmtoken.training.packing import Packed, answered
 
@@ -40,7 +41,8 @@ class TinyDocument(Objective):
 
     Args:
         network: sizes of the network.
-        patch_weight: weight of the loss that reads character, bar colour and kind of region off the patches.
+        patch_weight: weight of the loss that reads characters, bars and kinds of region off the patches.
+        field_weight: weight of the loss that reads fields and heights of bars off the patches.
         background_weight: weight of patches without content in it.
         learning_rate: peak of the schedule.
         warmup_steps: steps of linear warm-up; a cosine down to 2 % follows.
@@ -48,12 +50,15 @@ class TinyDocument(Objective):
         beta2: second AdamW coefficient.
         compile: compile tower and decoder for training.
         seed: seeds the initial weights.
+        start_from: a checkpoint of an earlier run whose network this one goes on with; its heads and optimizer state
+            are left behind. None: new weights.
     """
 
     def __init__(
         self,
         network: NetworkConfig | None = None,
         patch_weight: float = 1.0,
+        field_weight: float = 1.0,
         background_weight: float = 0.1,
         learning_rate: float = 8e-4,
         warmup_steps: int = 200,
@@ -61,11 +66,14 @@ class TinyDocument(Objective):
         beta2: float = 0.98,
         compile: bool = False,
         seed: int = 0,
+        start_from: str | None = None,
     ) -> None:
         super().__init__(learning_rate, warmup_steps, weight_decay, beta2)
         self.config = network or NetworkConfig()
         torch.manual_seed(seed)
         self.network: Idefics3ForConditionalGeneration = build_network(self.config)
+        if start_from is not None:
+            self.network.load_state_dict(network_state(start_from))
         # Eager attention with an additive mask trains about twice as fast as SDPA on CPU; saved models do not keep it.
         self.network.set_attn_implementation("eager")
         self.tower = TowerStates(self.network.model.vision_model)
@@ -73,14 +81,14 @@ class TinyDocument(Objective):
             self.tower.compile(dynamic=False)
             self.network.model.text_model.compile(dynamic=True)  # the packed length differs from step to step
         self.heads = AuxiliaryHeads(self.config.width)
-        self.patch_weight, self.background_weight = patch_weight, background_weight
+        self.patch_weight, self.field_weight, self.background_weight = patch_weight, field_weight, background_weight
         self._right = torch.zeros(len(QUESTION_TYPES))
         self._asked = torch.zeros(len(QUESTION_TYPES))
 
     def states(self, batch: TensorBatch) -> Tensor:
         """Tower output float[B, 7, 64, D]."""
         out: Tensor = self.tower(batch.tiles.flatten(0, 1))
-        return out.unflatten(0, batch.tiles.shape[:2])
+        return out.view(*batch.tiles.shape[:2], *out.shape[1:])
 
     def answer_logits(self, states: Tensor, batch: TensorBatch) -> Tensor:
         """Logits `float[answer tokens, vocabulary]` at the labelled positions."""
@@ -102,13 +110,13 @@ class TinyDocument(Objective):
         states = self.states(batch)
         target = batch.packed.labels[batch.packed.labels >= 0]
         terms = {"answers": F.cross_entropy(self.answer_logits(states, batch), target)}
-        characters, bars, _ = self.heads(states[:, :-1])
-        for name, logits, labels in zip(("characters", "bars"), (characters, bars), batch.patches, strict=True):
+        read = self.heads(states[:, :-1])[:-1]
+        for name, logits, labels in zip(("characters", "fields", "bars", "heights"), read, batch.patches, strict=True):
             weights = torch.ones(logits.shape[-1], device=logits.device)
             weights[0] = self.background_weight
             loss = F.cross_entropy(logits.float().flatten(0, 2), labels.flatten(), weight=weights)
-            terms[name] = self.patch_weight * loss
-        kinds = self.heads(states[:, -1])[2]
+            terms[name] = (self.patch_weight if name in ("characters", "bars") else self.field_weight) * loss
+        kinds = self.heads(states[:, -1])[-1]
         terms["kinds"] = self.patch_weight * 0.3 * F.cross_entropy(kinds.float().flatten(0, 1), batch.kinds.flatten())
         return terms
 

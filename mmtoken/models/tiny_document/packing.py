@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor
 
-from mmtoken.datasets.document_pages import BARS, CHARACTERS, KINDS, QUESTION_TYPES, REGION, REGIONS, Page
+from mmtoken.datasets.document_pages import (
+    BARS,
+    CHARACTERS,
+    KINDS,
+    LABELS,
+    QUESTION_TYPES,
+    REGION,
+    REGIONS,
+    Page,
+    Region,
+)
 from mmtoken.datasets.shapes_qa import Box
 from mmtoken.models.tiny_document.processor import (
     ASSISTANT_ID,
@@ -78,24 +88,41 @@ def tiles(pages: Sequence[Page]) -> Tensor:
 
 
 def patch_labels(pages: Sequence[Page], least: float = 0.3) -> Tensor:
-    """int64[2, B, 6, 64]: character and bar colour on each patch of the crops, 0 for none.
+    """int64[4, B, 6, 64]: character, field, bar colour and height of the bar on each patch of the crops, 0 for none.
 
-    A patch shows the character or bar that covers most of it, if that is at least the fraction `least`.
+    A patch shows the character or bar that covers most of it, if that is at least the fraction `least`. Heights are 1
+    for the highest bar of a figure, 2 for the lowest, 3 for others.
     """
-    bars = list(BARS)
-    labels = np.zeros((2, len(pages), REGIONS, _SIDE, _SIDE), dtype=np.int64)
+    labels = np.zeros((4, len(pages), REGIONS, _SIDE, _SIDE), dtype=np.int64)
     for b, page in enumerate(pages):
         for r, region in enumerate(page.regions):
             best = np.full((_SIDE, _SIDE), least)
-            content: list[tuple[int, int, Box]] = [(0, CHARACTERS.index(c.text) + 1, c.box) for c in region.characters]
-            content += [(1, bars.index(name) + 1, box) for name, box in region.bars]
-            for head, label, (x0, y0, x1, y1) in content:
+            for classes, (x0, y0, x1, y1) in _content(region):
                 x, y, _, _ = region.box
                 share = np.outer(_overlap(y0 - y, y1 - y), _overlap(x0 - x, x1 - x))
                 wins = share >= best
                 best = np.where(wins, share, best)
-                labels[head, b, r, wins] = label
-    return torch.from_numpy(labels.reshape(2, len(pages), REGIONS, _SIDE * _SIDE))
+                labels[:, b, r, wins] = np.array(classes)[:, None]
+    return torch.from_numpy(labels.reshape(4, len(pages), REGIONS, _SIDE * _SIDE))
+
+
+def _content(region: Region) -> list[tuple[tuple[int, int, int, int], Box]]:
+    """Classes and box of everything in a region that is read off patches."""
+    found = []
+    for c in region.characters:
+        field = next((LABELS.index(name) + 1 for name, _, box in region.fields if _inside(c.box, box)), 0)
+        found.append(((CHARACTERS.index(c.text) + 1, field, 0, 0), c.box))
+    tops = sorted(box[1] for _, box in region.bars)
+    for name, box in region.bars:
+        height = 1 if box[1] == tops[0] else 2 if box[1] == tops[-1] else 3
+        found.append(((0, 0, list(BARS).index(name) + 1, height), box))
+    return found
+
+
+def _inside(inner: Box, outer: Box) -> bool:
+    return all(a >= b for a, b in zip(inner[:2], outer[:2], strict=True)) and all(
+        a <= b for a, b in zip(inner[2:], outer[2:], strict=True)
+    )
 
 
 def kind_labels(pages: Sequence[Page]) -> Tensor:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import dataclass
-from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from mmtoken.datasets.shapes_qa import QUESTION_TYPES
 from mmtoken.datasets.vqa_mix import Batch
-from mmtoken.errors import CheckpointError
 from mmtoken.models.tiny_llava.network import AuxiliaryHeads, NetworkConfig, build_network
-from mmtoken.models.tiny_llava.packing import PREFIX, Packed, pack, pair_labels, patch_labels, pixels
+from mmtoken.models.tiny_llava.packing import PREFIX, pack, pair_labels, patch_labels, pixels
 from mmtoken.models.tiny_llava.processor import BOS_ID
+from mmtoken.training.objective import Objective
+from mmtoken.training.packing import Packed, answered
 
 PHOTO_NUMBER = "photo_number"
 """Name under which validation reports numbers read off photographs; "number" are those on generated scenes."""
@@ -68,7 +64,7 @@ class TensorBatch:
         return [(name, rows, packed) for name, rows, packed in both if packed is not None]
 
 
-class TinyLlava(L.LightningModule):
+class TinyLlava(Objective):
     """Objective of the tiny LLaVA.
 
     Args:
@@ -101,7 +97,7 @@ class TinyLlava(L.LightningModule):
         compile: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(learning_rate, warmup_steps, weight_decay, beta2)
         self.config = network or NetworkConfig()
         torch.manual_seed(seed)
         self.network: LlavaForConditionalGeneration = build_network(self.config)
@@ -113,10 +109,6 @@ class TinyLlava(L.LightningModule):
         self.heads = AuxiliaryHeads(self.config.width)
         self.dense_patch_steps = dense_patch_steps
         self.pair_weight, self.photo_weight, self.background_weight = pair_weight, photo_weight, background_weight
-        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
-        self.weight_decay, self.beta2 = weight_decay, beta2
-        self.cpu_seconds = 0.0
-        self._clock: float | None = None
         self._right = torch.zeros(len(QUESTION_TYPES) + 1)
         self._asked = torch.zeros(len(QUESTION_TYPES) + 1)
 
@@ -158,12 +150,7 @@ class TinyLlava(L.LightningModule):
         hidden = self.network.model.vision_tower(batch.pixels).last_hidden_state[:, 1:]
         found = []
         for _, rows, packed in batch.groups:
-            labelled = packed.labels >= 0
-            wrong = self.answer_logits(hidden[rows], packed).argmax(dim=-1) != packed.labels[labelled]
-            errors = torch.zeros(packed.types.shape, dtype=torch.long, device=wrong.device)
-            row = torch.nonzero(labelled)[:, 0]
-            errors.index_put_((row, packed.question[labelled]), wrong.long(), accumulate=True)
-            found.append(errors == 0)
+            found.append(answered(packed, self.answer_logits(hidden[rows], packed).argmax(dim=-1)))
         questions = max(f.shape[1] for f in found)
         return torch.cat([F.pad(f, (0, questions - f.shape[1])) for f in found])
 
@@ -177,7 +164,7 @@ class TinyLlava(L.LightningModule):
         loss = torch.stack(list(terms.values())).sum()
         size = len(batch.pixels)
         self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()}, batch_size=size)
-        self.log("train/cpu_minutes", self._cpu_now() / 60, prog_bar=True, batch_size=size)
+        self.log("train/cpu_minutes", self.cpu_minutes(), prog_bar=True, batch_size=size)
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -202,50 +189,3 @@ class TinyLlava(L.LightningModule):
                 self.log(f"val/{name}", right / asked)
         scenes = slice(0, len(QUESTION_TYPES))
         self.log("val/accuracy", self._right[scenes].sum() / self._asked[scenes].sum().clamp(min=1))
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, self.beta2), fused=True)
-        total = int(self.trainer.estimated_stepping_batches)
-
-        def factor(step: int) -> float:
-            cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
-            return min(1.0, (step + 1) / max(1, self.warmup_steps)) * (0.02 + 0.98 * cosine)
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        # Lightning refuses to clip for fused optimizers under mixed precision, because of gradient scaling; bfloat16
-        # needs none.
-        if gradient_clip_val is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-
-    # CPU time is carried through checkpoints, so that a resumed run reports what it cost in all.
-
-    def _cpu_now(self) -> float:
-        now = time.process_time()
-        if self._clock is not None:
-            self.cpu_seconds += now - self._clock
-        self._clock = now
-        return self.cpu_seconds
-
-    def on_fit_start(self) -> None:
-        self._clock = time.process_time()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["cpu_seconds"] = self._cpu_now()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "cpu_seconds" not in checkpoint:
-            raise CheckpointError("ckpt_path holds no state of TinyLlava; give the last.ckpt of a run of its recipe.")
-        self.cpu_seconds = float(checkpoint["cpu_seconds"])
