@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ PAPER_LAYERS = (4, 7, 10)
 """Blocks that are entered after the attention of blocks 3, 6 and 9."""
 
 CENTRES = 4
+
+
+class Split(NamedTuple):
+    """How many tokens stay as they are, are condensed into `clusters`, and are summed up in one."""
+
+    stay: int
+    condensed: int
+    summed: int
+    clusters: int = CENTRES
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,8 @@ class TCA(Compressor):
             rows.append(self._condense(tokens.row(row), where, ranking, heads.mean(0), split))
         return _stack(tokens, rows)
 
-    def split(self, now: int, total: int, stage: int, stages: int) -> tuple[int, int, int]:
-        """(tokens that stay, that are condensed, that are summed) of `now`, of `total` before the first place."""
+    def split(self, now: int, total: int, stage: int, stages: int) -> Split:
+        """What becomes of `now` tokens at a place; of `total` before the first one."""
         if self.drop is not None:
             return split_by_rate(now, self.drop)
         final = kept_count(self.keep, total)
@@ -113,18 +122,18 @@ class TCA(Compressor):
         return split_to(now, target)
 
     def _condense(
-        self, tokens: VisualTokens, where: Tensor, ranking: Tensor, attention: Tensor, split: tuple[int, int, int]
+        self, tokens: VisualTokens, where: Tensor, ranking: Tensor, attention: Tensor, split: Split
     ) -> VisualTokens:
-        stay, condensed, _ = split
+        stay, condensed, summed_up, clusters = split
         if stay == len(where):
             return tokens
         order = ranking.argsort(descending=True, stable=True)
-        middle, rest = order[stay : stay + condensed], order[stay + condensed :]
+        middle, rest = order[stay : stay + condensed], order[stay + condensed :][:summed_up]
         features = tokens.features[0, where].float()
         size = tokens.size[0, where]
         parts = [(where[order[:stay]], features[order[:stay]], size[order[:stay]])]
         if condensed:
-            centres, owner, merged = condense(features[middle], CENTRES, self.first)
+            centres, owner, merged = condense(features[middle], clusters, self.first)
             sizes = torch.zeros(len(centres), device=size.device).index_add(0, owner, size[middle])
             parts.append((where[middle[centres]], merged, sizes))
         if len(rest):
@@ -154,8 +163,8 @@ def class_attention(states: TowerStates, eligible: Tensor) -> Tensor:
     scores = torch.einsum("bhd,bhnd->bhn", asking, key).masked_fill(hidden, -torch.inf)
     scores = torch.cat([torch.einsum("bhd,bhpd->bhp", asking, states.prefix_key.float()), scores], -1)
     weights = (scores * key.shape[-1] ** -0.5).softmax(-1)[..., prefix:]
-    received: Tensor = weights.unflatten(-1, (-1, patches)).sum(-1)
-    return received.masked_fill(~eligible[:, None], 0.0)
+    per_token: Tensor = weights.view(*weights.shape[:2], -1, patches).sum(-1)
+    return per_token.masked_fill(~eligible[:, None], 0.0)
 
 
 def mean_rank(attention: Tensor) -> Tensor:
@@ -169,8 +178,8 @@ def mean_rank(attention: Tensor) -> Tensor:
     return -torch.zeros_like(attention).scatter(1, order, places.to(attention.dtype)).mean(0)
 
 
-def split_by_rate(count: int, drop: float) -> tuple[int, int, int]:
-    """(stay, condensed, summed) of `count` tokens at a drop rate; all stay where fewer than one would.
+def split_by_rate(count: int, drop: float) -> Split:
+    """What becomes of `count` tokens at a drop rate; all stay where none would stay as it is.
 
     Source: the paper's released configuration; 196 tokens at 0.1 give 137, 40 and 19.
     """
@@ -178,27 +187,27 @@ def split_by_rate(count: int, drop: float) -> tuple[int, int, int]:
     kept = math.ceil((1 - drop) * count - 1e-9)
     places = count + 1 - kept
     if kept <= 2 * places or count - kept < 1:
-        return count, 0, 0
-    return kept - 2 * places, 2 * places, count - kept
+        return Split(count, 0, 0)
+    return Split(kept - 2 * places, 2 * places, count - kept)
 
 
-def split_to(count: int, target: int) -> tuple[int, int, int]:
-    """(stay, condensed, summed) of `count` tokens such that `target` are left, split as in `split_by_rate`.
+def split_to(count: int, target: int) -> Split:
+    """What becomes of `count` tokens such that `target` are left, split as in `split_by_rate`.
 
     With fewer than six left, there are fewer clusters; a single one is the best token, and the others are lost.
     """
     if target >= count:
-        return count, 0, 0
+        return Split(count, 0, 0)
     if target == 1:
-        return 1, 0, 0
+        return Split(1, 0, 0)
     centres = min(CENTRES, target - 2)
     stay = target - 1 - centres
     others = count - stay
     if not centres:
-        return stay, 0, others
+        return Split(stay, 0, others)
     # At least two, since a sum of one token would save nothing.
     summed = max(2, (others + 1) // 3 - 1)
-    return stay, others - summed, summed
+    return Split(stay, others - summed, summed, centres)
 
 
 def condense(features: Tensor, count: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -247,7 +247,7 @@ def informative_heads(ranks: Tensor, seen: Tensor, variance: tuple[float, float]
     `rescale`: of scores with mean 1, else of scores that sum to 1.
     """
     count = seen.sum(-1).clamp(min=1)[:, None]
-    scores = ranks * count[..., None] if rescale else ranks
+    scores = (ranks * count[..., None] if rescale else ranks).masked_fill(~seen[:, None], 0.0)
     mean = scores.sum(-1) / count
     spread = ((scores - mean[..., None]).masked_fill(~seen[:, None], 0.0) ** 2).sum(-1) / count
     inside = (spread >= variance[0]) & (spread <= variance[1])

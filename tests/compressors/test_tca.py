@@ -22,29 +22,29 @@ from tests.compressors.batches import item, make
 @pytest.mark.parametrize(("drop", "split", "length"), [(0.1, (137, 40, 19), 143), (0.035, (176, 14, 6), 182)])
 def test_the_counts_of_the_paper(drop: float, split: tuple[int, int, int], length: int) -> None:
     """Of 196 patches and CLS."""
-    assert split_by_rate(196, drop) == split
+    assert split_by_rate(196, drop) == (*split, 4)
     stay, condensed, summed = split
     assert stay + condensed + summed == 196 and 1 + stay + 4 + 1 == length
     # the same count asked for by a budget splits in the same way
-    assert split_to(196, length - 1) == split
+    assert split_to(196, length - 1) == (*split, 4)
 
 
 def test_nothing_is_condensed_where_no_token_would_stay_as_it_is() -> None:
-    assert split_by_rate(4, 0.5) == (4, 0, 0)  # 2 to keep, 3 places: not more than twice as many
+    assert split_by_rate(4, 0.5)[:3] == (4, 0, 0)  # 2 to keep, 3 places: not more than twice as many
     assert split_by_rate(9, 0.5)[0] == 9
-    assert split_by_rate(20, 0.01) == (20, 0, 0)  # nothing leaves
-    assert split_by_rate(10, 0.1) == (5, 4, 1)  # 0.9 * 10 is nine
+    assert split_by_rate(20, 0.01)[:3] == (20, 0, 0)  # nothing leaves
+    assert split_by_rate(10, 0.1) == (5, 4, 1, 4)  # 0.9 * 10 is nine
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 6, 7, 12, 40])
 def test_a_budget_is_met_exactly(count: int) -> None:
     for target in range(1, count + 1):
-        stay, condensed, summed = split_to(count, target)
+        stay, condensed, summed, clusters = split_to(count, target)
         assert min(stay, condensed, summed) >= 0 and stay >= 1
         if target == count:
             assert (stay, condensed, summed) == (count, 0, 0)
             continue
-        assert stay + min(4, condensed, max(0, target - 2)) + bool(summed) == target
+        assert stay + min(clusters, condensed) + bool(summed) == target
         if target > 1:
             assert stay + condensed + summed == count and summed >= 2
             assert condensed >= min(4, target - 2)
@@ -128,7 +128,7 @@ def test_one_place_equals_the_formulas_token_by_token() -> None:
     left = method.vision_layer(tokens, 2, context)
     attention = class_attention(context.tower_states(tokens), tokens.eligible).mean(1)[0]
     where = tokens.eligible[0].nonzero()[:, 0].tolist()
-    stay, condensed, summed = split_to(len(where), tokens.budget(0.5)[0])
+    stay, condensed, summed, _ = split_to(len(where), tokens.budget(0.5)[0])
     order = sorted(where, key=lambda i: (-float(attention[i]), i))
     got = item(left, 0)
     place = {int(source): number for number, source in enumerate(got["source"])}

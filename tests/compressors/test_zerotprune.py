@@ -66,13 +66,12 @@ def test_rounds_stop_once_scores_stand_still_for_each_item_by_itself() -> None:
     both = page_rank(torch.cat([a, c]), torch.cat([b, d]), seen, seen / 6, 50, 1e-3)
     torch.testing.assert_close(both[0, 0], torch.full((6,), 1 / 6))
     steps = torch.full((6,), 1 / 6)
-    for number in range(50):  # noqa: B007
+    change, number = 1.0, 0
+    while change >= 1e-3:
         after = moving[0].T @ steps
         change = float((after - steps).abs().mean())
-        steps = after
-        if change < 1e-3:
-            break
-    assert 1 < number < 49
+        steps, number = after, number + 1
+    assert 1 < number < 50
     torch.testing.assert_close(both[1, 0], steps)
     assert not torch.allclose(ranked(moving, 50)[0], steps, atol=1e-6)
 

@@ -15,6 +15,7 @@ from PIL import Image
 from mmtoken import attached, compress
 from mmtoken.cli.main import main
 from mmtoken.compressors import DivPrune, FastV, SnapKV
+from mmtoken.engine.compat import CACHE
 from mmtoken.errors import InputError, MMTokenError
 from mmtoken.evaluation.benchmarks import Item, find
 from mmtoken.evaluation.lineup import Entrant
@@ -23,6 +24,7 @@ from mmtoken.evaluation.multi_turn import (
     CONVERSATION,
     PICTURE,
     Pair,
+    ask_twice,
     compared,
     multi_turn,
     pairs_of,
@@ -145,6 +147,27 @@ def test_a_method_that_asks_is_held_to_what_it_kept_for_the_first_question(way: 
         marks.append(mark(output.sequences, given, pair))
     assert differs  # otherwise nothing is tested
     assert rows()["FastV"]["marks"][way] == marks
+
+
+def test_the_cache_is_handed_on_up_to_the_picture_or_to_the_first_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = shipped()
+    plain, seen = model.generate, []
+
+    def generate(**inputs: Any) -> Any:
+        if CACHE in inputs:
+            length = inputs[CACHE].get_seq_length()
+            seen.append((length, inputs["input_ids"][:, :length].clone(), inputs["input_ids"].shape[1]))
+        return plain(**inputs)
+
+    monkeypatch.setattr(model, "generate", generate)
+    turns = prepare_turns(BENCHMARK, processor, model, pairs()[:1], 1)
+    ask_twice(model, processor, BENCHMARK, turns, pairs()[:1], Entrant(FastV(keep=KEEP), KEEP))
+    (whole, first, _), (shared, picture, _) = seen
+    assert torch.equal(first, turns[0].first["input_ids"]) and whole == turns[0].asked
+    assert picture[0, -1] == model.config.image_token_id and torch.equal(
+        picture, turns[0].alone["input_ids"][:, :shared]
+    )
+    assert turns[0].alone["input_ids"][0, shared] != model.config.image_token_id
 
 
 def test_a_cache_that_cannot_take_the_first_question_back_is_named() -> None:
