@@ -154,7 +154,8 @@ def class_attention(states: TowerStates, eligible: Tensor) -> Tensor:
     scores = torch.einsum("bhd,bhnd->bhn", asking, key).masked_fill(hidden, -torch.inf)
     scores = torch.cat([torch.einsum("bhd,bhpd->bhp", asking, states.prefix_key.float()), scores], -1)
     weights = (scores * key.shape[-1] ** -0.5).softmax(-1)[..., prefix:]
-    return weights.unflatten(-1, (-1, patches)).sum(-1).masked_fill(~eligible[:, None], 0.0)
+    received: Tensor = weights.unflatten(-1, (-1, patches)).sum(-1)
+    return received.masked_fill(~eligible[:, None], 0.0)
 
 
 def mean_rank(attention: Tensor) -> Tensor:

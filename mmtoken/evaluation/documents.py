@@ -221,9 +221,11 @@ def line_up(
     for budget in budgets:
         tau_s = set_threshold(lambda tau_s: mean(replace(method, tau_s=tau_s)), budget, -1.0, 1.0, rising=True)
         adaptive, blank = replace(method, tau_s=tau_s), WholeCrops(tau_s=tau_s, low=method.low)
-        least = set_threshold(
-            lambda at, blank=blank: mean(replace(blank, least=at)), budget, 0.0, 1.01, rising=False, steps=8
-        )
+
+        def mean_without_blanks(least: float, blank: WholeCrops = blank) -> float:
+            return mean(replace(blank, least=least))
+
+        least = set_threshold(mean_without_blanks, budget, 0.0, 1.01, rising=False, steps=8)
         blank = replace(blank, least=least)
         share = budget / tokens
         others: list[tuple[str | None, Compressor]] = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, pairwise, permutations
 from typing import Any
 
 from mmtoken.errors import InputError
@@ -44,7 +44,9 @@ PUBLISHED: Mapping[int, Mapping[str, float]] = {
         "HoloV": 92.2,
     },
 }
-"""Tokens of 576 -> method -> average of eight benchmarks in % of the whole model, LLaVA-1.5-7B; see SOURCE."""
+"""Tokens of WHOLE -> method -> average of eight benchmarks in % of the whole model, LLaVA-1.5-7B; see SOURCE."""
+
+WHOLE = 576
 
 SOURCE = (
     "RESTORE, ICML 2026: baselines run again from their official code in one environment; GQA, MMBench, MME, POPE, "
@@ -139,8 +141,7 @@ def method_scores(
     Raises:
         InputError: the result is no accuracy result, or holds no row at this budget.
     """
-    if results.get("kind") != "accuracy":
-        raise InputError(f"results are of kind {results.get('kind')!r}; give an accuracy result of bench.")
+    _check_kind(results)
     dense, *rows = results["results"]
     chosen = [row for row in rows if row["keep"] == keep and type(row["keep"]) is type(keep)]
     chosen = [row for row in chosen if controls or not row["control"]]
@@ -159,39 +160,73 @@ def method_scores(
     return found
 
 
-def compare(results: Sequence[Mapping[str, Any]], keeps: Mapping[int | float, int]) -> dict[str, Any]:
-    """Rank correlations between models, and of each model with the published table, per budget; JSON-ready.
+def _check_kind(results: Mapping[str, Any]) -> None:
+    if results.get("kind") != "accuracy":
+        raise InputError(f"results are of kind {results.get('kind')!r}; give an accuracy result of bench.")
+
+
+def scores_at(results: Mapping[str, Any], share: float, *, controls: bool = False) -> dict[str, float]:
+    """Score of every method where its measured layer average is `share` of all visual tokens, in % of the dense model.
+
+    Straight lines between the budgets that were measured, the dense model at a share of 1; methods whose measured
+    budgets do not reach so far down are left out.
+
+    Raises:
+        InputError: the result is no accuracy result.
+    """
+    _check_kind(results)
+    keeps = {row["keep"] for row in results["results"][1:]}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for keep in keeps:
+        found = method_scores(results, keep, controls=True)
+        for row in results["results"][1:]:
+            if row["keep"] == keep and type(row["keep"]) is type(keep) and (controls or not row["control"]):
+                shares = [row["layer_average"][name] / row["tokens_in"][name] for name in row["layer_average"]]
+                points.setdefault(row["method"], []).append((sum(shares) / len(shares), found[row["method"]]))
+    scores = {}
+    for method, measured in points.items():
+        line = sorted([*measured, (1.0, 100.0)])
+        for (low, below), (high, above) in pairwise(line):
+            if low <= share <= high:
+                part = (share - low) / (high - low) if high > low else 1.0
+                scores[method] = below + part * (above - below)
+                break
+    return scores
+
+
+def compare(results: Sequence[Mapping[str, Any]], keeps: Sequence[int | float] = ()) -> dict[str, Any]:
+    """Rank correlations of the models with each other and with the published table; JSON-ready.
+
+    At the layer averages of the published table (`scores_at`), and between the models also at equal `keep`.
 
     Args:
         results: accuracy results of several models.
-        keeps: budget of ours -> tokens in PUBLISHED to compare with (0.25 -> 128, ...), by which one is nearest.
+        keeps: budgets as they were asked for.
 
     Raises:
-        InputError: a result holds no such budget, or a number of tokens was not published.
+        InputError: a result holds no such budget.
     """
-    for tokens in keeps.values():
-        if tokens not in PUBLISHED:
-            raise InputError(f"tokens={tokens!r} were not published; choose from {', '.join(map(str, PUBLISHED))}.")
+    bases: list[tuple[str, dict[str, Mapping[str, float]]]] = []
+    for tokens, published in PUBLISHED.items():
+        lists: dict[str, Mapping[str, float]] = {r["model"]: scores_at(r, tokens / WHOLE) for r in results}
+        bases.append((f"{tokens} of {WHOLE}, layer average", {**lists, "published": published}))
+    bases += [(f"keep={keep:g}", {r["model"]: method_scores(r, keep) for r in results}) for keep in keeps]
     rows = []
-    for keep, tokens in keeps.items():
-        lists = {result["model"]: method_scores(result, keep) for result in results}
-        lists[f"published, {tokens} of 576"] = dict(PUBLISHED[tokens])
-        names = list(lists)
-        for number, name in enumerate(names):
-            for other in names[number + 1 :]:
-                found = correlate(lists[name], lists[other])
-                rows.append(
-                    {
-                        "keep": keep,
-                        "first": name,
-                        "second": other,
-                        "rho": None if found.rho is None else round(found.rho, 4),
-                        "n": found.count,
-                        "chance": None if found.chance is None else round(found.chance, 4),
-                        "methods": list(found.methods),
-                        "missing": list(found.missing),
-                    }
-                )
+    for basis, lists in bases:
+        for name, other in combinations(lists, 2):
+            found = correlate(lists[name], lists[other])
+            rows.append(
+                {
+                    "basis": basis,
+                    "first": name,
+                    "second": other,
+                    "rho": None if found.rho is None else round(found.rho, 4),
+                    "n": found.count,
+                    "chance": None if found.chance is None else round(found.chance, 4),
+                    "methods": list(found.methods),
+                    "missing": list(found.missing),
+                }
+            )
     return {"schema_version": 1, "kind": "ranks", "source": SOURCE, "correlations": rows}
 
 
@@ -200,7 +235,7 @@ def ranks_table(found: Mapping[str, Any]) -> Table:
     rows = [
         (
             f"{row['first']} / {row['second']}",
-            f"{row['keep']:g}",
+            row["basis"],
             "undefined" if row["rho"] is None else f"{row['rho']:+.2f}",
             str(row["n"]),
             "" if row["chance"] is None else f"{row['chance']:.3f}",
@@ -208,4 +243,4 @@ def ranks_table(found: Mapping[str, Any]) -> Table:
         )
         for row in found["correlations"]
     ]
-    return Table(("ranks of methods", "keep", "Spearman", "n", "by chance", "left out"), rows)
+    return Table(("ranks of methods", "at equal", "Spearman", "n", "by chance", "left out"), rows)

@@ -66,7 +66,7 @@ def test_rounds_stop_once_scores_stand_still_for_each_item_by_itself() -> None:
     both = page_rank(torch.cat([a, c]), torch.cat([b, d]), seen, seen / 6, 50, 1e-3)
     torch.testing.assert_close(both[0, 0], torch.full((6,), 1 / 6))
     steps = torch.full((6,), 1 / 6)
-    for _ in range(50):
+    for number in range(50):  # noqa: B007
         after = moving[0].T @ steps
         change = float((after - steps).abs().mean())
         steps = after

@@ -169,7 +169,7 @@ def test_what_is_to_be_predicted_is_no_prompt() -> None:
     SEEN.clear()
     with compress(model, Reader()):
         forward(model, batch, labels=labels)
-        forward(model, batch)  # labels of an earlier call are forgotten
+        forward(model.base_model, batch)  # labels of an earlier call are forgotten
     mean, _ = text_alone(model, {"input_ids": batch["input_ids"][0]}, (real & ~visual)[0])
     close(SEEN[-1][1][0], mean)
 
@@ -218,6 +218,7 @@ def test_images_that_are_encoded_by_themselves_have_no_prompt() -> None:
     batch = inputs(model, "llava", "image", "plain")
     with compress(model, Reader()):
         forward(model, batch)
+        oracle.generate_with_logits(model, batch, max_new_tokens=1)
         with pytest.raises(UnsupportedError, match=r"encoded by themselves; call generate\(\)"):
             model.get_image_features(pixel_values=batch["pixel_values"])
         forward(model, batch)
@@ -242,6 +243,28 @@ def test_a_bare_tower_has_no_prompt(family: str) -> None:
         attach(tiny(family), Reader())
     with pytest.raises(UnsupportedError, match="reads the prompt"):
         check(tiny(family), Reader())
+
+
+def test_a_bare_decoder_reads_the_text_around_its_marked_tokens() -> None:
+    class AtTheInput(Compressor):
+        """Only the site at the decoder."""
+
+        keep, positions, needs, merges = 1.0, "keep", Reader.needs, False
+        llm_input = Reader.llm_input
+        _note = Reader._note
+
+    model = tiny("llama")
+    ids = torch.arange(10, 34).view(2, 12)
+    visual = torch.zeros(2, 12, dtype=torch.bool)
+    visual[0, 2:9] = visual[1, 4:8] = True
+    want = forward(model, {"input_ids": ids}).logits
+    with compress(model, AtTheInput(), visual=visual):
+        assert torch.equal(forward(model, {"input_ids": ids}).logits, want)
+    ((_, means, states),) = SEEN
+    for row in range(2):
+        mean, state = text_alone(model, {"input_ids": ids[row]}, ~visual[row])
+        close(means[row], mean)
+        close(states[row], state)
 
 
 def test_what_was_not_declared_is_not_told() -> None:
