@@ -229,7 +229,8 @@ def near_duplicates(keys: Tensor, tau_s: float, chunk: int = 256) -> Tensor:
     unit = normalize(keys.float(), dim=-1)
     counts = []
     for start in range(0, len(unit), chunk):
-        near = unit[start : start + chunk] @ unit.T > tau_s
+        # Rounding may lift a cosine above 1, and at tau_s = 1 nothing is a near-duplicate.
+        near = (unit[start : start + chunk] @ unit.T).clamp(max=1.0) > tau_s
         near.diagonal(start).fill_(False)
         counts.append(near.sum(-1))
     return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.long, device=keys.device)
