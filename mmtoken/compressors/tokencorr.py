@@ -167,6 +167,10 @@ class TokenCorr(Compressor):
             seed=seed if self.sampling == "multinomial" else None,
         )
 
+    def crop_seed(self, seed: int, number: int) -> int:
+        """The seed of the draw from crop `number` of an item whose pixels give `seed`."""
+        return (seed + 0x9E3779B97F4A7C15 * (number + 1) + self.seed) % 2**63
+
     def _extra(self, most: int) -> bool:
         """Whether there is a token for all dropped ones, which counts; of one token in all, a kept one is more use."""
         return self.aggregate == "prumerge32" and most > 1
@@ -185,7 +189,7 @@ class TokenCorr(Compressor):
                 if number == 0 and facts.cropped is not None and facts.cropped[row]:
                     kept[row, where] = True
                     continue
-                seed = (facts.seeds[row] + 0x9E3779B97F4A7C15 * (number + 1) + self.seed) % 2**63
+                seed = self.crop_seed(facts.seeds[row], number)
                 self._crop(row, where, seed, facts, features, size, kept)
         return tokens.replace(features=features, size=size).where(kept)
 
@@ -225,7 +229,8 @@ def near_duplicates(keys: Tensor, tau_s: float, chunk: int = 256) -> Tensor:
     unit = normalize(keys.float(), dim=-1)
     counts = []
     for start in range(0, len(unit), chunk):
-        near = unit[start : start + chunk] @ unit.T > tau_s
+        # Rounding may lift a cosine above 1, and at tau_s = 1 nothing is a near-duplicate.
+        near = (unit[start : start + chunk] @ unit.T).clamp(max=1.0) > tau_s
         near.diagonal(start).fill_(False)
         counts.append(near.sum(-1))
     return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.long, device=keys.device)

@@ -204,9 +204,11 @@ class _Reader(Compressor):
     ) -> VisualTokens:
         deep, low, keys, seeds = self.method.read(tokens, ctx)
         for row in range(len(tokens)):
-            if not (ctx.cropped and ctx.cropped[row] and not int(tokens.item[row, 0])):
+            number = int(tokens.item[row, 0])
+            if number or not (ctx.cropped and ctx.cropped[row]):
                 where = tokens.eligible[row]
-                self.found.append(CropFacts(deep[row, where], low[row, where], keys[row, where], seeds[row]))
+                seed = self.method.crop_seed(seeds[row], number)
+                self.found.append(CropFacts(deep[row, where], low[row, where], keys[row, where], seed))
         return default(tokens)
 
 
