@@ -548,6 +548,27 @@ def test_a_wrong_answer_of_the_method_is_named(how: str, words: str) -> None:
         logits(tiny("llava"), batch(LLAVA, "plain"))
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("drop", ["drop", "mask"])
+def test_rows_that_lose_different_numbers_need_no_mask_of_the_caller(attn: str, drop: Any) -> None:
+    model = tiny("llama", attn)
+    ids = torch.arange(24).view(2, 12) + 5
+    visual = torch.zeros(2, 12, dtype=torch.bool)
+    visual[0, 1:10] = visual[1, 3:6] = True
+
+    def run() -> Tensor:
+        cache = model(input_ids=ids, use_cache=True)[oracle.CACHE]
+        steps = [model(input_ids=ids[:, i : i + 1], use_cache=True, **{oracle.CACHE: cache}).logits for i in (3, 7)]
+        return torch.cat(steps, 1)
+
+    with torch.no_grad(), compress(model, Hashed(keep=2), visual=visual, mode=drop) as session:
+        got = run()
+    assert session.report.sites[0].tokens_out == [2, 2] and session.report.tokens_in == [9, 3]
+    with torch.no_grad(), oracle.masked_keys(model, kept_per_head(12), decode_only=True):
+        want = run()
+    assert_close(got, want)
+
+
 def test_padding_is_never_kept() -> None:
     with compress(tiny("llava"), Hashed()):
         logits(tiny("llava"), batch(LLAVA, "padded_ragged"))
