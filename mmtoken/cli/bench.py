@@ -15,10 +15,11 @@ from typing import Any
 
 from mmtoken.cli.parser import Parser, find_device, quiet, read_value
 from mmtoken.errors import InputError, MMTokenError
-from mmtoken.evaluation import accuracy, multi_turn, pictures, speed, tables
+from mmtoken.evaluation import accuracy, documents, multi_turn, pictures, speed, tables
 from mmtoken.evaluation.lineup import KEEPS, METHODS, line_up
 from mmtoken.evaluation.timing import MIN_ROUNDS
 from mmtoken.hub import load
+from mmtoken.models.registry import ZOO
 from mmtoken.wholefile import whole_file
 
 DEFAULT_MODEL = "tiny-llava"
@@ -28,9 +29,10 @@ def _parser() -> Parser:
     parser = Parser("mmtoken bench", __doc__ or "")
     parser.add_argument(
         "--what",
-        choices=("both", "speed", "accuracy", "multi-turn"),
+        choices=("both", "speed", "accuracy", "multi-turn", "documents"),
         default="both",
-        help="both is speed and accuracy; multi-turn asks second questions about pictures; default: both",
+        help="both is speed and accuracy; multi-turn asks second questions about pictures; documents compares "
+        "TokenCorr's adaptive ratio on a model that reads pages; default: both",
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="trained model for accuracy; default: %(default)s")
     parser.add_argument(
@@ -64,6 +66,8 @@ def main(argv: list[str]) -> int:
         if getattr(options, field) < 1:
             raise MMTokenError(f"{field}={getattr(options, field)}; give a whole number of at least 1.")
     device = find_device(options.device)
+    if options.what == "documents":
+        return _documents(options, device)
     entrants = line_up(_names(options.compressors), [read_value(text.strip()) for text in options.keeps.split(",")])
     if options.what in ("both", "accuracy"):
         pictures.check_matplotlib()
@@ -94,6 +98,7 @@ def main(argv: list[str]) -> int:
             processor,
             entrants,
             name=options.model,
+            benchmarks=_benchmarks(options.model),
             pictures=options.pictures,
             rounds=options.rounds,
             progress=_progress,
@@ -105,6 +110,31 @@ def main(argv: list[str]) -> int:
         written += drawn
         shown += [table(results).text() for table in (tables.accuracy_table, tables.types_table)]
     sys.stdout.write("\n\n".join(shown) + "\n\n" + "".join(f"wrote {path}\n" for path in written))
+    return 0
+
+
+def _benchmarks(model: str) -> tuple[str, ...]:
+    """What a model of the zoo was trained for; the first entry's benchmarks for any other model."""
+    return next((entry.benchmarks for entry in ZOO if entry.name == model), ZOO[0].benchmarks)
+
+
+def _documents(options: Any, device: Any) -> int:
+    """TokenCorr on document pages: JSON, Markdown and pictures."""
+    name = "tiny-document" if options.model == DEFAULT_MODEL else options.model
+    pictures.check_matplotlib()
+    with quiet():
+        model, processor = load(name)
+    model.to(device)
+    written = documents.write(
+        model,
+        processor,
+        _folder(options.out),
+        name=name,
+        pages=options.pictures,
+        rounds=options.rounds,
+        progress=_progress,
+    )
+    sys.stdout.write("".join(f"wrote {path}\n" for path in written))
     return 0
 
 

@@ -163,7 +163,9 @@ class Downscale(Compressor):
         features = tokens.features[row, places]
         grid = tokens.grid[row]
         budget = kept_count(self.keep, total, tokens.steps[row])
-        if grid is None or math.prod(grid) != total:
+        if not total:  # separators only
+            pooled, centres = features, places
+        elif grid is None or math.prod(grid) != total:
             pooled = adaptive_avg_pool1d(features.T[None], budget)[0].T
             centres = torch.tensor(spread(budget, total), dtype=torch.long, device=places.device)
         else:
@@ -176,10 +178,11 @@ class Downscale(Compressor):
             order = [(f * height + r) * width + c for f, r, c in itertools.product(*axes)]
             centres = torch.tensor(order, dtype=torch.long, device=places.device)
         separators = tokens.protected[row].nonzero()[:, 0]
+        each = total / max(1, len(centres))
         return (
             torch.cat([pooled, tokens.features[row, separators]]),
             torch.cat([places[centres], separators]),
-            torch.cat([tokens.size.new_full(centres.shape, total / len(centres)), tokens.size[row, separators]]),
+            torch.cat([tokens.size.new_full(centres.shape, each), tokens.size[row, separators]]),
         )
 
 

@@ -133,19 +133,47 @@ class TokenCorr(Compressor):
                 "reading='patches' needs a projector that maps patch by patch; this one merges or re-samples them: use "
                 "'outputs' or 'auto'."
             )
-        joint = self.heads == "joint"
-        deep, low = self.blocks(ctx.depth, ctx.blocks or ctx.depth)
-        last = low if low != ctx.depth - 1 else None
-        facts = _Facts(
-            deep=ctx.tower_attention(tokens, deep, joint=joint),
-            low=ctx.tower_attention(tokens, last, joint=joint),
-            keys=ctx.tower_keys(tokens, last, joint=joint),
-            seeds=ctx.content_seed(tokens),
-            cropped=ctx.cropped,
-        )
+        facts = _Facts(*self.read(tokens, ctx), cropped=ctx.cropped)
         if ctx.tokenwise_projector and self.reading != "outputs":
             return default(self._compress(tokens, facts))
         return self._compress(default(tokens), facts)
+
+    def read(self, tokens: VisualTokens, ctx: Context) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Attention float[B, N] in the deep and the low block, keys float[B, N, d] of the low one, seeds per item."""
+        joint = self.heads == "joint"
+        deep, low = self.blocks(ctx.depth, ctx.blocks or ctx.depth)
+        last = low if low != ctx.depth - 1 else None
+        return (
+            ctx.tower_attention(tokens, deep, joint=joint),
+            ctx.tower_attention(tokens, last, joint=joint),
+            ctx.tower_keys(tokens, last, joint=joint),
+            ctx.content_seed(tokens),
+        )
+
+    def choose(self, deep: Tensor, low: Tensor, keys: Tensor, seed: int) -> Tensor:
+        """int[K], ascending: what is kept of one crop by these settings; arguments as for `select`."""
+        most = kept_count(self.keep, len(deep))
+        if self._extra(most) and most < len(deep):
+            most -= 1
+        return select(
+            deep,
+            low,
+            keys,
+            tau_s=self.tau_s,
+            tau_c=self.tau_c,
+            factor=self.factor,
+            n_min=self.n_min,
+            most=most,
+            seed=seed if self.sampling == "multinomial" else None,
+        )
+
+    def crop_seed(self, seed: int, number: int) -> int:
+        """The seed of the draw from crop `number` of an item whose pixels give `seed`."""
+        return (seed + 0x9E3779B97F4A7C15 * (number + 1) + self.seed) % 2**63
+
+    def _extra(self, most: int) -> bool:
+        """Whether there is a token for all dropped ones, which counts; of one token in all, a kept one is more use."""
+        return self.aggregate == "prumerge32" and most > 1
 
     def _compress(self, tokens: VisualTokens, facts: _Facts) -> VisualTokens:
         for name, values in (("deep attention", facts.deep), ("low attention", facts.low), ("keys", facts.keys)):
@@ -161,7 +189,7 @@ class TokenCorr(Compressor):
                 if number == 0 and facts.cropped is not None and facts.cropped[row]:
                     kept[row, where] = True
                     continue
-                seed = (facts.seeds[row] + 0x9E3779B97F4A7C15 * (number + 1) + self.seed) % 2**63
+                seed = self.crop_seed(facts.seeds[row], number)
                 self._crop(row, where, seed, facts, features, size, kept)
         return tokens.replace(features=features, size=size).where(kept)
 
@@ -170,28 +198,15 @@ class TokenCorr(Compressor):
     ) -> None:
         """Compress one crop: the tokens at `where` int[N] of a row; changes the last three."""
         deep, low, keys = (values[row, where].float() for values in (facts.deep, facts.low, facts.keys))
-        most = kept_count(self.keep, len(where))
-        # The token for all dropped ones counts; with one token in all, the kept one is more use.
-        extra = self.aggregate == "prumerge32" and most > 1
-        if extra and most < len(where):
-            most -= 1
-        chosen = select(
-            deep,
-            low,
-            keys,
-            tau_s=self.tau_s,
-            tau_c=self.tau_c,
-            factor=self.factor,
-            n_min=self.n_min,
-            most=most,
-            seed=seed if self.sampling == "multinomial" else None,
-        )
+        chosen = self.choose(deep, low, keys, seed)
         if self.aggregate == "none":
             kept[row, where[chosen]] = True
             return
         given = (features[row, where], size[row, where], deep, keys, chosen)
         index, merged, stands_for = (
-            nearest_mean(*given) if self.aggregate == "nearest_mean" else prumerge32(*given, extra=extra)
+            nearest_mean(*given)
+            if self.aggregate == "nearest_mean"
+            else prumerge32(*given, extra=self._extra(kept_count(self.keep, len(where))))
         )
         kept[row, where[index]] = True
         features[row, where[index]] = merged.to(features.dtype)
@@ -214,7 +229,8 @@ def near_duplicates(keys: Tensor, tau_s: float, chunk: int = 256) -> Tensor:
     unit = normalize(keys.float(), dim=-1)
     counts = []
     for start in range(0, len(unit), chunk):
-        near = unit[start : start + chunk] @ unit.T > tau_s
+        # Rounding may lift a cosine above 1, and at tau_s = 1 nothing is a near-duplicate.
+        near = (unit[start : start + chunk] @ unit.T).clamp(max=1.0) > tau_s
         near.diagonal(start).fill_(False)
         counts.append(near.sum(-1))
     return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.long, device=keys.device)

@@ -339,6 +339,7 @@ class DecoderHooks:
         if number in self.cuts:
             hidden = self._cut_here(call, number, hidden, kwargs)
             kwargs = self._cut_arguments(call, number, given, hidden)
+        kwargs = self.eviction.hide_earlier(call, number, kwargs)
         call.layer_cut[number] = call.cut
         self.listening.enter_layer(call, number, hidden, kwargs)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

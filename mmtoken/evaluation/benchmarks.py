@@ -80,19 +80,24 @@ def begins_with(answer: str, expected: str) -> int:
 def _shapes(pictures: int) -> list[Item]:
     from mmtoken.datasets.shapes_qa import ShapesQA
 
-    return list(_items(ShapesQA(seed=TEST_SEED, size=pictures)))
+    return items_of(ShapesQA(seed=TEST_SEED, size=pictures))
 
 
 def _digits(pictures: int) -> list[Item]:
     from mmtoken.datasets.photo_digits import PhotoDigits
 
-    return list(_items(PhotoDigits(seed=TEST_SEED, size=pictures, split="test")))
+    return items_of(PhotoDigits(seed=TEST_SEED, size=pictures, split="test"))
 
 
 def _pages(pictures: int) -> list[Item]:
     from mmtoken.datasets.document_pages import DocumentPages
 
-    return list(_items(DocumentPages(seed=TEST_SEED, size=pictures)))
+    return items_of(DocumentPages(seed=TEST_SEED, size=pictures))
+
+
+def items_of(samples: Any) -> list[Item]:
+    """Every question of a sequence of samples, in order."""
+    return list(_items(samples))
 
 
 def _items(samples: Any) -> Iterator[Item]:

@@ -7,6 +7,7 @@ except for the one that drops whole crops, whose threshold is set the same way. 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,11 +24,12 @@ from mmtoken.compressors.tokencorr import density
 from mmtoken.datasets.document_pages import DocumentPages, Page
 from mmtoken.datasets.vqa_mix import split_seed
 from mmtoken.engine.session import compress
-from mmtoken.evaluation.benchmarks import TEST_SEED, ask
+from mmtoken.evaluation.accuracy import answer, evaluate, prepare
+from mmtoken.evaluation.benchmarks import TEST_SEED, ask, find, items_of
 from mmtoken.evaluation.lineup import Entrant
 from mmtoken.evaluation.overlay import overlays
-from mmtoken.evaluation.pictures import COLOURS, check_matplotlib
-from mmtoken.evaluation.tables import Table
+from mmtoken.evaluation.pictures import AXES, COLOURS, accuracy_figure, check_matplotlib, types_figure
+from mmtoken.evaluation.tables import Table, accuracy_table, types_table
 from mmtoken.tokens import VisualTokens
 from mmtoken.wholefile import whole_file
 
@@ -164,6 +166,62 @@ def mean_kept(crops: Sequence[Crop]) -> float:
     return sum(crop.kept for crop in crops) / len(crops)
 
 
+@dataclass(frozen=True)
+class CropFacts:
+    """What TokenCorr reads of one crop: attention float[N] of the deep and the low block, keys float[N, d], seed."""
+
+    deep: Tensor
+    low: Tensor
+    keys: Tensor
+    seed: int
+
+    def kept(self, method: TokenCorr) -> int:
+        """How many tokens TokenCorr keeps of it."""
+        count = len(self.deep)
+        chosen = len(method.choose(self.deep, self.low, self.keys, self.seed))
+        return chosen + (method.aggregate == "prumerge32" and chosen < count)
+
+
+@dataclass(frozen=True)
+class _Reader(Compressor):
+    """Keeps everything and notes what TokenCorr would read."""
+
+    keep: int | float = 1.0
+    positions: Positions = "keep"
+    method: TokenCorr = field(default_factory=TokenCorr)
+    found: list[CropFacts] = field(default_factory=list)
+
+    title: ClassVar[str] = "Reader"
+    paper: ClassVar[str] = "control"
+    year: ClassVar[int] = 2026
+    needs: ClassVar[frozenset[Need]] = TokenCorr.needs
+
+    def tower_layers(self, depth: int, blocks: int) -> tuple[int, ...]:
+        return self.method.tower_layers(depth, blocks)
+
+    def project(
+        self, tokens: VisualTokens, default: Callable[[VisualTokens], VisualTokens], ctx: Context
+    ) -> VisualTokens:
+        deep, low, keys, seeds = self.method.read(tokens, ctx)
+        for row in range(len(tokens)):
+            number = int(tokens.item[row, 0])
+            if number or not (ctx.cropped and ctx.cropped[row]):
+                where = tokens.eligible[row]
+                seed = self.method.crop_seed(seeds[row], number)
+                self.found.append(CropFacts(deep[row, where], low[row, where], keys[row, where], seed))
+        return default(tokens)
+
+
+@torch.no_grad()
+def read_crops(
+    model: PreTrainedModel, processor: Any, method: TokenCorr, pages: Sequence[Page], batch_size: int = 32
+) -> list[CropFacts]:
+    """What TokenCorr reads of every crop, for models whose crops are items of their own."""
+    reader = _Reader(method=method)
+    kept_per_crop(model, processor, reader, pages, batch_size)
+    return reader.found
+
+
 def set_threshold(
     kept: Callable[[float], float], target: float, low: float, high: float, *, rising: bool, steps: int = 14
 ) -> float:
@@ -187,6 +245,25 @@ def set_threshold(
         else:
             high = middle
     return best
+
+
+def set_density(facts: Sequence[CropFacts], method: TokenCorr, budget: float) -> TokenCorr:
+    """`method` with the `tau_s` at which it keeps `budget` tokens per crop on average."""
+
+    def mean(tau_s: float) -> float:
+        return sum(crop.kept(replace(method, tau_s=tau_s)) for crop in facts) / len(facts)
+
+    return replace(method, tau_s=set_threshold(mean, budget, -1.0, 1.0, rising=True))
+
+
+def set_whole(facts: Sequence[CropFacts], tau_s: float, low: int | None, budget: float) -> WholeCrops:
+    """The `WholeCrops` that keeps about `budget` tokens per crop on average."""
+    densities = [(density(crop.keys, tau_s), len(crop.keys)) for crop in facts]
+
+    def mean(least: float) -> float:
+        return sum(count if rho >= least else 1 for rho, count in densities) / len(densities)
+
+    return WholeCrops(least=set_threshold(mean, budget, 0.0, 1.01, rising=False), tau_s=tau_s, low=low)
 
 
 # -------------------------------------------------------------------------------------------------------- the line-up
@@ -214,19 +291,11 @@ def line_up(
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size // model.config.scale_factor
     tokens = side * side
 
-    def mean(compressor: Compressor) -> float:
-        return mean_kept(kept_per_crop(model, processor, compressor, pages))
-
+    facts = read_crops(model, processor, method, pages)
     entrants = [Entrant()]
     for budget in budgets:
-        tau_s = set_threshold(lambda tau_s: mean(replace(method, tau_s=tau_s)), budget, -1.0, 1.0, rising=True)
-        adaptive, blank = replace(method, tau_s=tau_s), WholeCrops(tau_s=tau_s, low=method.low)
-
-        def mean_without_blanks(least: float, blank: WholeCrops = blank) -> float:
-            return mean(replace(blank, least=least))
-
-        least = set_threshold(mean_without_blanks, budget, 0.0, 1.01, rising=False, steps=8)
-        blank = replace(blank, least=least)
+        adaptive = set_density(facts, method, budget)
+        blank = set_whole(facts, adaptive.tau_s, method.low, budget)
         share = budget / tokens
         others: list[tuple[str | None, Compressor]] = [
             (FIXED, replace(method, tau_s=1.0, keep=budget)),
@@ -237,10 +306,7 @@ def line_up(
         ]
         entrants.append(Entrant(adaptive, share, ADAPTIVE))
         entrants += [Entrant(compressor, share, label) for label, compressor in others]
-        progress(
-            f"documents: {budget} tokens per crop: tau_s={adaptive.tau_s:.4f} keeps {mean(adaptive):.2f}, "
-            f"least={blank.least:.3f} keeps {mean(blank):.2f}"
-        )
+        progress(f"documents: {budget} tokens per crop: tau_s={adaptive.tau_s:.4f}, least={blank.least:.3f}")
     return entrants
 
 
@@ -321,3 +387,156 @@ def draw_pages(
         left += sheet.width + 16
     with whole_file(file) as temporary:
         whole.save(temporary, format="PNG", optimize=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ all of it
+
+VARIANTS: tuple[TokenCorr, ...] = (
+    TokenCorr(low=0, aggregate="none"),
+    TokenCorr(low=0),
+    TokenCorr(aggregate="none"),
+    TokenCorr(),
+    TokenCorr(aggregate="prumerge32"),
+    TokenCorr(low=0, heads="mean"),
+    TokenCorr(low=0, sampling="multinomial"),
+)
+"""Settings that are tried on validation pages, all at the middle budget."""
+
+
+def choose(
+    model: PreTrainedModel,
+    processor: Any,
+    budget: int,
+    *,
+    pages: int,
+    progress: Callable[[str], None] = lambda line: None,
+) -> tuple[TokenCorr, list[dict[str, Any]]]:
+    """The variant with the most right answers on validation pages at equal tokens, and what each reached.
+
+    Args:
+        model, processor: trained on pages.
+        budget: tokens per crop.
+        pages: validation pages.
+        progress: told about every variant.
+    """
+    held_out = DocumentPages(split_seed(0, "validation"), pages)
+    benchmark = replace(find("document_pages"), load=lambda count: items_of(held_out))
+    prepared = prepare(benchmark, processor, pages, 64, model.device)
+    tried = []
+    for variant in VARIANTS:
+        facts = read_crops(model, processor, variant, list(held_out))
+        method = set_density(facts, variant, budget)
+        tokens = sum(crop.kept(method) for crop in facts) / len(facts)
+        answers = answer(model, processor, Entrant(method), prepared)
+        right = sum(answers.correct) / len(answers.correct)
+        tried.append({"settings": method.settings(), "tokens": round(tokens, 3), "accuracy": round(right, 4)})
+        progress(f"documents: validation: {variant} at {tried[-1]['tokens']:.2f} tokens per crop: {right:.3f}")
+    best = max(range(len(VARIANTS)), key=lambda i: (tried[i]["accuracy"], -i))
+    return VARIANTS[best], tried
+
+
+def write(
+    model: PreTrainedModel,
+    processor: Any,
+    folder: Path,
+    *,
+    name: str,
+    pages: int = 150,
+    rounds: int = 3,
+    budgets: Sequence[int] = BUDGETS,
+    validation_pages: int = 64,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Path]:
+    """Choose settings on validation pages, run the line-up on test pages, write `documents.json`, `.md` and pictures.
+
+    Returns:
+        The files written.
+    """
+    middle = budgets[len(budgets) // 2]
+    method, tried = choose(model, processor, middle, pages=validation_pages, progress=progress)
+    entrants = line_up(model, processor, method, budgets, validation_pages=validation_pages, progress=progress)
+    results = evaluate(
+        model,
+        processor,
+        entrants,
+        name=name,
+        benchmarks=("document_pages",),
+        pictures=pages,
+        rounds=rounds,
+        progress=progress,
+    )
+    adaptive = next(e.compressor for e in entrants if e.label == ADAPTIVE and e.keep == middle / 16)
+    assert adaptive is not None
+    test = list(DocumentPages(TEST_SEED, pages))
+    crops = kept_per_crop(model, processor, adaptive, test)
+    results |= {
+        "kind": "documents",
+        "validation": {"pages": validation_pages, "tried": tried},
+        "crops": {
+            "compressor": adaptive.to_dict(),
+            "spearman_of_ink_and_tokens": round(rank_correlation(crops), 4),
+            "rows": [[crop.page, crop.kind, crop.ink, crop.kept] for crop in crops],
+        },
+    }
+    files = [
+        folder / f"documents{end}" for end in (".json", ".md", "-tokens.png", "-types.png", "-ink.png", "-pages.png")
+    ]
+    with whole_file(files[0]) as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    for file, figure in (
+        (files[2], accuracy_figure(results, AXES[0])),
+        (files[3], types_figure(results, AXES[0], columns=2)),
+    ):
+        with whole_file(file) as temporary:
+            figure.savefig(temporary, dpi=130, format="png")
+    rank = results["crops"]["spearman_of_ink_and_tokens"]
+    title = f"{name}: tokens kept against ink, {len(crops)} crops of test pages (Spearman {rank:.2f})"
+    draw_scatter(crops, title, files[4])
+    draw_pages(model, processor, adaptive, files[5])
+    with whole_file(files[1]) as temporary:
+        temporary.write_text(report(results, crops, [file.name for file in files[2:]]))
+    return files
+
+
+def report(results: dict[str, Any], crops: Sequence[Crop], pictures: Sequence[str]) -> str:
+    """Markdown beside `documents.json`."""
+    tried = [
+        (
+            ", ".join(f"{k}={row['settings'][k]}" for k in ("low", "aggregate", "heads", "sampling")),
+            f"{row['tokens']:.2f}",
+            f"{row['accuracy']:.3f}",
+        )
+        for row in results["validation"]["tried"]
+    ]
+    settings = ("TokenCorr at the middle budget", "tokens per crop", "accuracy")
+    return "\n".join(
+        [
+            "# TokenCorr on document pages",
+            "",
+            f"Model {results['model']}; {results['split']['questions']['document_pages']} questions about "
+            f"{results['split']['pictures']['document_pages']} test pages (generator seed {results['split']['seed']}). "
+            "A page is six crops and a thumbnail of 16 tokens each; every entrant leaves the thumbnail whole and has "
+            "the same mean number of tokens per crop. Thresholds of the two entrants whose ratio is not fixed were set "
+            f"on {results['validation']['pages']} validation pages, and so were TokenCorr's settings (last table).",
+            "",
+            *(f"![{name}]({name})" for name in pictures),
+            "",
+            accuracy_table(results).markdown(),
+            "",
+            "## By type of question",
+            "",
+            types_table(results).markdown(),
+            "",
+            f"## What is kept of a crop ({results['crops']['compressor']['init_args']})",
+            "",
+            by_kind(crops).markdown(),
+            "",
+            f"Spearman correlation of ink and tokens kept: {results['crops']['spearman_of_ink_and_tokens']:.3f} over "
+            f"{len(crops)} crops.",
+            "",
+            "## Settings tried on validation pages",
+            "",
+            Table(settings, tried).markdown(),
+            "",
+        ]
+    )

@@ -110,7 +110,7 @@ def draw_all(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
 def accuracy_figure(results: Mapping[str, Any], axis: Axis) -> Any:
     """A matplotlib Figure with one panel per benchmark: accuracy over all its questions against `axis`."""
     titles: Mapping[str, str] = results["titles"]
-    figure = _figure(4.7 * len(titles) + 1.6, 4.3)
+    figure = _figure(4.7 * len(titles) + 1.6, max(4.3, _legend_height(results)))
     panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
     for panel, (benchmark, title) in zip(panels, titles.items(), strict=True):
         _panel(panel, results, benchmark, ALL, axis)
@@ -132,7 +132,7 @@ def types_figure(results: Mapping[str, Any], axis: Axis, columns: int = 3) -> An
         if kind != ALL
     ]
     rows = -(-len(kinds) // columns)
-    figure = _figure(3.0 * columns + 1.7, 2.35 * rows + 0.6)
+    figure = _figure(3.0 * columns + 1.7, max(2.35 * rows + 0.6, _legend_height(results)))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel, (benchmark, kind, title) in zip(panels, kinds, strict=False):
         _panel(panel, results, benchmark, kind, axis, size=3.2)
@@ -179,6 +179,11 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _legend_height(results: Mapping[str, Any]) -> float:
+    """Inches that the legend needs: a line per method and control, and some for headings and levels."""
+    return 0.19 * (len(styles(results["results"])) + 7)
 
 
 def _headline(results: Mapping[str, Any], axis: Axis) -> str:

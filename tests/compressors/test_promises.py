@@ -27,10 +27,10 @@ NOT_THE_PLAIN_MODEL: dict[str, str] = {
 # name -> (what the class declares, why the budget cannot be met exactly).
 NO_EXACT_BUDGET: dict[str, tuple[str, str]] = {
     "downscale": ("at_most", "a smaller grid has whole rows and columns"),
-    "dycoke": ("adaptive", "keep is per reduced frame; first frames of a group stay whole"),
-    "prumerge": ("adaptive", "the outliers of each image decide, keep caps them"),
-    "quecc": ("adaptive", "a grid of whole windows of k x k patches"),
-    "regionmask": ("adaptive", "the boxes decide, there is no budget"),
+    "dycoke": ("adaptive", "keep is what a reduced frame keeps, every fourth frame stays whole and images pass"),
+    "prumerge": ("adaptive", "outliers of the attention decide, keep bounds it; adaptive=False meets it"),
+    "quecc": ("adaptive", "cells of the grid become tokens, so only whole divisors of its side are possible"),
+    "regionmask": ("adaptive", "boxes decide what goes, there is no budget"),
     "tokencorr": ("adaptive", "the density of each crop decides, keep bounds it"),
 }
 

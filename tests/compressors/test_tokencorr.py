@@ -51,7 +51,12 @@ def test_density_by_hand():
     assert density(torch.eye(7), 0.9, 0) == 1.0
     assert density(torch.ones(7, 3), 0.9, 5) == 0.0  # six near-duplicates are more than five
     assert density(torch.ones(7, 3), 0.9, 6) == 1.0
-    assert density(torch.ones(7, 3), 1.0, 0) == 1.0  # a cosine is never above 1
+    assert density(torch.eye(7), 0.0, 0) == 1.0  # a cosine at the threshold is not above it
+
+
+def test_no_cosine_is_above_one():
+    for vector in torch.randn(200, 16, generator=torch.Generator().manual_seed(0)):
+        assert density(vector.expand(3, -1), 1.0, 0) == 1.0
 
 
 @pytest.mark.parametrize(("patches", "limit"), [(576, 29), (1024, 51), (36, 2), (10, 1), (9, 0), (16, 1)])

@@ -52,7 +52,8 @@ def test_dropping_equals_masking(name: str, cell: Cell, case: str, attn: str) ->
     if "vision_layer" in method.sites or (method.merges and {"project", "llm_input"} & method.sites):
         # Fewer patches in the tower give other features, and merging does.
         real = inputs["attention_mask"].bool()
-        prompts = [as_entered(*both, first[0] & real) for both in zip(calls[:2], shortened[:2], strict=True)]
+        entered = real if method.hides() else first[0] & real
+        prompts = [as_entered(*both, entered) for both in zip(calls[:2], shortened[:2], strict=True)]
     evicted = evicted_by_layer(report, keep)
     assert bool(evicted) == evicts
     with given_prompts(model, prompts), given_merged(model, notes, reports):
