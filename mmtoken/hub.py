@@ -128,6 +128,13 @@ def skeleton(
     return model.eval(), _saved_compressor(source, options)
 
 
+def load_processor(name_or_path: str | os.PathLike[str] | None = None, **hf_kwargs: Any) -> ProcessorMixin:
+    """The processor of a model alone. Arguments and errors are those of `load`."""
+    source, options = _locate(DEFAULT if name_or_path is None else os.fspath(name_or_path), dict(hf_kwargs))
+    _check_family(source, options)
+    return _processor(source, options)
+
+
 def _locate(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Folder or Hugging Face id, and the arguments of `from_pretrained`."""
     # None would make transformers ask on the terminal.
@@ -289,7 +296,9 @@ def _with_parts(model: PreTrainedModel, saved: Compressor, source: str, options:
         )
     trained = empty(model, saved)
     try:
-        trained.module.load_state_dict(load_file(file), assign=True)
+        # Copies: a file that is mapped into memory must not change while the weights are in use.
+        parts = {name: value.clone() for name, value in load_file(file).items()}
+        trained.module.load_state_dict(parts, assign=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:240]
         raise CheckpointError(

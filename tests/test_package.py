@@ -22,7 +22,7 @@ ALLOWED = {
     "backbones": {"errors", "tokens"},
     "engine": {"errors", "tokens", "compressors", "backbones"},
     "datasets": {"errors", "tokens"},
-    "training": {"errors", "tokens", "datasets"},
+    "training": {"errors", "tokens", "wholefile", "datasets"},
     "models": {"errors", "tokens", "wholefile", "datasets", "engine", "training"},
     "hub": {"errors", "wholefile", "backbones", "compressors", "engine", "models"},
     "evaluation": {"errors", "tokens", "wholefile", "compressors", "backbones", "engine", "datasets", "models", "hub"},

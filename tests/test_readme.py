@@ -7,19 +7,38 @@ from pathlib import Path
 
 import pytest
 
-from mmtoken.cli.list import facts, markdown
+from mmtoken.cli.list import facts, markdown, short
 from mmtoken.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FACTS = ROOT / "docs" / "compressors.md"
 
 
-@pytest.mark.parametrize("what", ["compressors", "backbones"])
-def test_tables_are_generated(what: str) -> None:
-    """Out of date? Paste the output of `mmtoken list compressors --markdown` between the markers."""
-    shown = re.search(rf"<!-- {what} -->\n(.*?)<!-- end -->", README, re.DOTALL)
+def table(text: str, what: str) -> str:
+    """What stands between the markers."""
+    shown = re.search(rf"<!-- {what} -->\n(.*?)<!-- end -->", text, re.DOTALL)
     assert shown is not None
-    assert shown[1] == markdown(facts(what))
+    return shown[1]
+
+
+def test_tables_are_generated() -> None:
+    """Out of date? Run `python -m tests.test_readme`, which writes them anew."""
+    assert table(README, "compressors") == markdown(short(facts("compressors")))
+    assert table(README, "backbones") == markdown(facts("backbones"))
+    assert table(FACTS.read_text(), "compressors") == markdown(facts("compressors"))
+
+
+def write_tables() -> None:
+    """Bring the tables of README.md and docs/compressors.md up to date."""
+    tables = (
+        (ROOT / "README.md", "compressors", markdown(short(facts("compressors")))),
+        (ROOT / "README.md", "backbones", markdown(facts("backbones"))),
+        (FACTS, "compressors", markdown(facts("compressors"))),
+    )
+    for file, what, rows in tables:
+        text = file.read_text()
+        file.write_text(text.replace(table(text, what), rows))
 
 
 def test_linked_files_exist() -> None:
@@ -47,3 +66,7 @@ def test_the_first_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert example is not None
     exec(compile(example[1], "README.md", "exec"), {})
     assert "[64] -> [16]" in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    write_tables()

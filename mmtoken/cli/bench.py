@@ -2,7 +2,7 @@
 
 Speed and memory come from a LLaVA-shaped model with random weights, accuracy from a trained model: two results, two
 files, never one figure. Both hold the same line-up: the dense model first, the controls, then the compressors, each at
-every budget.
+every budget. `--what multi-turn` asks the trained model second questions after tokens were chosen for the first one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from mmtoken.cli.parser import Parser, find_device, quiet, read_value
 from mmtoken.errors import InputError, MMTokenError
-from mmtoken.evaluation import accuracy, documents, pictures, speed, tables
+from mmtoken.evaluation import accuracy, documents, multi_turn, pictures, speed, tables
 from mmtoken.evaluation.lineup import KEEPS, METHODS, line_up
 from mmtoken.evaluation.timing import MIN_ROUNDS
 from mmtoken.hub import load
@@ -29,9 +29,10 @@ def _parser() -> Parser:
     parser = Parser("mmtoken bench", __doc__ or "")
     parser.add_argument(
         "--what",
-        choices=("both", "speed", "accuracy", "documents"),
+        choices=("both", "speed", "accuracy", "multi-turn", "documents"),
         default="both",
-        help="documents: TokenCorr's adaptive ratio on a model that reads pages; default: both (speed and accuracy)",
+        help="both is speed and accuracy; multi-turn asks second questions about pictures; documents compares "
+        "TokenCorr's adaptive ratio on a model that reads pages; default: both",
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="trained model for accuracy; default: %(default)s")
     parser.add_argument(
@@ -68,19 +69,29 @@ def main(argv: list[str]) -> int:
     if options.what == "documents":
         return _documents(options, device)
     entrants = line_up(_names(options.compressors), [read_value(text.strip()) for text in options.keeps.split(",")])
-    if options.what != "speed":
+    if options.what in ("both", "accuracy"):
         pictures.check_matplotlib()
+    if options.what != "speed":
         with quiet():
             model, processor = load(options.model)
     folder = _folder(options.out)
     written: list[Path] = []
     shown: list[str] = []
-    if options.what != "accuracy":
+    if options.what in ("both", "speed"):
         results = speed.measure(entrants, rounds=options.rounds, device=device, progress=_progress)
         written += [_write_json(results, folder / "speed.json")]
         written += [_write_text(tables.speed_report(results), folder / "speed.md")]
         shown += [table(results).text() for table in (tables.speed_table, tables.hooks_table, tables.targets_table)]
-    if options.what != "speed":
+    if options.what == "multi-turn":
+        model.to(device)
+        results = multi_turn.multi_turn(
+            model, processor, entrants, name=options.model, pictures=options.pictures, progress=_progress
+        )
+        stem = f"multi-turn-{Path(options.model).name}"
+        written += [_write_json(results, folder / f"{stem}.json")]
+        written += [_write_text(multi_turn.turns_report(results), folder / f"{stem}.md")]
+        shown += [multi_turn.turns_table(results).text()]
+    if options.what in ("both", "accuracy"):
         model.to(device)
         results = accuracy.evaluate(
             model,

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("what", choices=("compressors", "backbones", "models"))
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="all facts as JSON")
-    form.add_argument("--markdown", action="store_true", help="the table of the README")
+    form.add_argument("--markdown", action="store_true", help="all facts as a Markdown table (docs/compressors.md)")
     form.add_argument("--cards", metavar="DIR", help="write a folder per compressor: README.md and preset.yaml")
     parser.add_argument(
         "--results", nargs="+", action="extend", default=[], metavar="FILE", help="accuracy files of bench, for --cards"
@@ -65,7 +65,7 @@ def facts(what: str) -> Rows:
 
 
 def short(rows: Rows) -> Rows:
-    """The facts of compressors that fit a terminal; the paper by its arXiv number, "-" for no, needs last."""
+    """The facts of compressors for a terminal and the README; the paper by its arXiv number, "-" for no, needs last."""
 
     def paper(row: dict[str, str]) -> str:
         _, found, number = row["paper"].partition("arXiv ")

@@ -3,6 +3,7 @@
 from mmtoken.compressors.base import Compressor, Context
 from mmtoken.compressors.bus import BUS
 from mmtoken.compressors.cdpruner import CDPruner
+from mmtoken.compressors.compose import Schedule, Sequential
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
@@ -19,6 +20,7 @@ from mmtoken.compressors.quecc import QueCC
 from mmtoken.compressors.regionmask import RegionMask
 from mmtoken.compressors.snapkv import SnapKV
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
+from mmtoken.compressors.tca import TCA
 from mmtoken.compressors.tokencorr import TokenCorr
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.tova import TOVA
@@ -28,10 +30,12 @@ from mmtoken.compressors.trips import TRIPS
 from mmtoken.compressors.visionzip import VisionZip
 from mmtoken.compressors.vispruner import VisPruner
 from mmtoken.compressors.vlapruner import VLAPruner
+from mmtoken.compressors.zerotprune import ZeroTPrune
 
 __all__ = [
     "BUS",
     "DART",
+    "TCA",
     "TOVA",
     "TRIPS",
     "CDPruner",
@@ -52,6 +56,8 @@ __all__ = [
     "QueCC",
     "Random",
     "RegionMask",
+    "Schedule",
+    "Sequential",
     "SnapKV",
     "SparseVLM",
     "SparseVLMPlus",
@@ -63,4 +69,5 @@ __all__ = [
     "VLAPruner",
     "VisPruner",
     "VisionZip",
+    "ZeroTPrune",
 ]

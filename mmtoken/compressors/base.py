@@ -333,6 +333,7 @@ class Compressor(ABC):
         budget: how closely `keep` is met.
         identity_at_full: True if keep=1.0 is the plain model to the bit, else the reason why not.
         sites: names of the site methods that the class overrides.
+        nested: names of the settings that hold other compressors.
     """
 
     keep: int | float
@@ -355,6 +356,7 @@ class Compressor(ABC):
     budget: ClassVar[Budget] = "exact"
     identity_at_full: ClassVar[bool | str] = True
     sites: ClassVar[frozenset[str]] = frozenset()
+    nested: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -416,8 +418,15 @@ class Compressor(ABC):
         return None
 
     def encoder_keep(self) -> int | float:
-        """Budget of tokens that enter the decoder, for methods that cut in the tower and again in the decoder."""
-        return self.keep
+        """Budget of tokens that enter the decoder, for methods that cut in the tower and again in the decoder.
+
+        Methods that decide how many to keep have decided already when this is asked.
+        """
+        return 1.0 if self.budget == "adaptive" else self.keep
+
+    def vision_keep(self) -> int | float:
+        """Budget of what `vision_layer` leaves for `project`, where the projector joins patches."""
+        return 1.0
 
     def hides(self) -> bool:
         """Whether tokens that are let go stay in the decoder's sequence, unseen by the others (as mode="mask")."""

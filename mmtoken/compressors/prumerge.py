@@ -197,7 +197,10 @@ def merge_neighbours(
     for part in centres.split(256):
         similarity = (unit[part] @ unit.T).scatter(1, part[:, None], -torch.inf)
         nearest = similarity.argsort(dim=-1, descending=True, stable=True)[:, :count]
-        merged.append(features[part].float() + weighted[nearest].sum(1))
+        total = features[part].float()
+        for column in nearest.T:  # one neighbour at a time: all of them would be 32 times the chunk
+            total = total + weighted[column]
+        merged.append(total)
     return torch.cat(merged), weighted[rest].sum(0)
 
 

@@ -9,6 +9,7 @@ from typing import Any, get_args, overload
 from mmtoken.compressors.base import SITES, Compressor, Positions
 from mmtoken.compressors.bus import BUS
 from mmtoken.compressors.cdpruner import CDPruner
+from mmtoken.compressors.compose import Schedule, Sequential
 from mmtoken.compressors.controls import Downscale, Random, UniformGrid
 from mmtoken.compressors.dart import DART
 from mmtoken.compressors.divprune import DivPrune
@@ -25,6 +26,7 @@ from mmtoken.compressors.quecc import QueCC
 from mmtoken.compressors.regionmask import RegionMask
 from mmtoken.compressors.snapkv import SnapKV
 from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
+from mmtoken.compressors.tca import TCA
 from mmtoken.compressors.tokencorr import TokenCorr
 from mmtoken.compressors.tome import ToMe
 from mmtoken.compressors.tova import TOVA
@@ -34,6 +36,7 @@ from mmtoken.compressors.trips import TRIPS
 from mmtoken.compressors.visionzip import VisionZip
 from mmtoken.compressors.vispruner import VisPruner
 from mmtoken.compressors.vlapruner import VLAPruner
+from mmtoken.compressors.zerotprune import ZeroTPrune
 from mmtoken.errors import MMTokenError, UnknownNameError, near_names
 
 COMPRESSORS: tuple[type[Compressor], ...] = (
@@ -58,6 +61,8 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     VLAPruner,
     FlowCut,
     FlowCutHR,
+    ZeroTPrune,
+    TCA,
     SnapKV,
     Knorm,
     ExpectedAttention,
@@ -68,6 +73,10 @@ COMPRESSORS: tuple[type[Compressor], ...] = (
     Downscale,
     RegionMask,
 )
+
+
+COMPOSITIONS: dict[str, type[Compressor]] = {"sequential": Sequential, "schedule": Schedule}
+"""Compressors made of others, by name; they have no line of their own in lists of methods."""
 
 
 def names() -> dict[str, type[Compressor]]:
@@ -114,7 +123,8 @@ def resolve(spec: Compressor | Trained | str | dict[str, Any], **settings: Any) 
 def _find(name: str) -> type[Compressor]:
     module, _, last = name.rpartition(".")
     if not module or module == "mmtoken.compressors" or module.startswith("mmtoken.compressors."):
-        found = names().get(last.lower().replace("-", "").replace("_", ""))
+        word = last.lower().replace("-", "").replace("_", "")
+        found = names().get(word, COMPOSITIONS.get(word))
         if found is None:
             raise UnknownNameError(f"compressor={name!r} is unknown{near_names(last, names())}")
         return found
@@ -129,7 +139,7 @@ def _find(name: str) -> type[Compressor]:
 
 
 def _make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for name in settings:
         if name not in fields:
             raise MMTokenError(
@@ -137,9 +147,14 @@ def _make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
             )
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in settings:
+            example = "[...], a list of compressors" if name in cls.nested else "0.25"
             raise MMTokenError(
-                f"{name} is missing: {cls.__name__} has no default for it; give for example {name}=0.25."
+                f"{name} is missing: {cls.__name__} has no default for it; give for example {name}={example}."
             )
+    for name in cls.nested:
+        given = settings.get(name)
+        if isinstance(given, list | tuple):
+            settings = {**settings, name: tuple(part if isinstance(part, Trained) else resolve(part) for part in given)}
     return cls(**settings)
 
 

@@ -80,5 +80,5 @@ def scaled_layer(layer: int, of: int, depth: int) -> int:
 
 def scaled_cuts(layers: Sequence[int], of: int, depth: int) -> tuple[int, ...]:
     """The same for cuts: none before the first layer, and each layer once, so small decoders have fewer of them."""
-    moved = {max(1, scaled_layer(layer, of, depth)) for layer in layers}
+    moved = {scaled_layer(layer, of, depth) for layer in layers}
     return tuple(sorted(moved & set(range(1, depth))))

@@ -246,7 +246,7 @@ class DecoderHooks:
             context = self._context(call, call.embeds)
             context.depth, context.blocks = tower.feature_block + 1, len(tower.blocks)
             if items.mass is not None:
-                tokens = tokens.where((items.mass > 0) | tokens.protected)
+                tokens = most_mass(tokens, items.mass, self.compressor.vision_keep())
             return self.session.run_site(
                 "project", None, tokens, context, lambda t: self.compressor.project(t, lambda already: already, context)
             )
@@ -261,9 +261,7 @@ class DecoderHooks:
             tokens = tokens.replace(size=items.size)
         if acted == {"frames"}:
             return tokens.where((items.mass > 0) | tokens.protected)
-        # Methods that decide how many to keep have decided already.
-        keep = 1.0 if self.compressor.budget == "adaptive" else self.compressor.encoder_keep()
-        return most_mass(tokens, items.mass, keep)
+        return most_mass(tokens, items.mass, self.compressor.encoder_keep())
 
     def plan(
         self,
@@ -341,6 +339,7 @@ class DecoderHooks:
         if number in self.cuts:
             hidden = self._cut_here(call, number, hidden, kwargs)
             kwargs = self._cut_arguments(call, number, given, hidden)
+        kwargs = self.eviction.hide_earlier(call, number, kwargs)
         call.layer_cut[number] = call.cut
         self.listening.enter_layer(call, number, hidden, kwargs)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtoken.compressors.base import CacheEntry
-from mmtoken.engine import attention
+from mmtoken.engine import attention, masks
 from mmtoken.engine.cache import LogicalDynamicLayer, LogicalLayer, logical_layer
 from mmtoken.engine.compat import CACHE
 from mmtoken.engine.context import CallContext
@@ -99,6 +99,15 @@ class Eviction:
                     "nothing; use a DynamicCache."
                 )
 
+    def hide_earlier(self, call: Prefill, number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A layer's arguments without what was hidden in an earlier turn (mode="mask")."""
+        stored = logical_layer(call.cache, number)
+        if stored is None or stored.hidden is None:
+            return kwargs
+        mask = kwargs.get("attention_mask")
+        length = stored.stored() + call.cut.index.shape[1]
+        return {**kwargs, "attention_mask": masks.hide_per_head(self.decoder, stored.hidden, length, mask)}
+
     def _before(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.session.thread.prefill is None or not self._own(number, module):
             return
@@ -149,6 +158,7 @@ class Eviction:
         columns = stored.all_columns()
         entry, index = self._entry(call, stored, columns)
         context = self.context(call, hidden)
+        context.learned = None if session.trained is None else session.trained.module
         started = session.clock()
         keep = session.compressor.cache(entry, number, context)
         seconds = session.clock() - started

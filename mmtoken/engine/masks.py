@@ -104,7 +104,7 @@ def decode_mask(decoder: Any, stored: LogicalLayer, mask: Tensor | None, length:
         mask = gather.mask_columns(mask, columns)
     elif columns is not None:
         mask = _as_mask(decoder, (columns >= 0)[:, None, None, :].expand(-1, -1, length, -1))
-    return mask if stored.hidden is None else _hide_per_head(decoder, stored.hidden, stored.stored() + length, mask)
+    return mask if stored.hidden is None else hide_per_head(decoder, stored.hidden, stored.stored() + length, mask)
 
 
 def _as_mask(decoder: Any, seen: Tensor) -> Tensor:
@@ -115,8 +115,8 @@ def _as_mask(decoder: Any, seen: Tensor) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def _hide_per_head(decoder: Any, hidden: Tensor, length: int, mask: Tensor | None) -> Tensor:
-    """A decoding mask [B, H, q, length] without the entries that are hidden, bool[B, G, n]."""
+def hide_per_head(decoder: Any, hidden: Tensor, length: int, mask: Tensor | None) -> Tensor:
+    """A mask [B, 1, q, length] (None: one query that sees all) without hidden entries bool[B, G, n], per head."""
     gone = nn.functional.pad(hidden, (0, length - hidden.shape[2]), value=False)
     gone = gone.repeat_interleave(decoder.config.num_attention_heads // gone.shape[1], 1)[:, :, None]
     if mask is None:

@@ -294,15 +294,13 @@ class VisionHooks:
         else:
             tokens = run.units(features)
             counts = tokens.counts()
-            context = self._context(run, tokens, inside=False)
-            if "project" in method.sites:
-                tokens = self.session.run_site(
-                    "project", None, tokens, context, lambda t: method.project(t, lambda same: same, context)
-                )
-            if "llm_input" in method.sites:
-                tokens = self.session.run_site(
-                    "llm_input", None, tokens, context, lambda t: method.llm_input(t, context)
-                )
+        context = self._context(run, tokens, inside=False)
+        if "project" in method.sites:
+            tokens = self.session.run_site(
+                "project", None, tokens, context, lambda t: method.project(t, lambda same: same, context)
+            )
+        if "llm_input" in method.sites:
+            tokens = self.session.run_site("llm_input", None, tokens, context, lambda t: method.llm_input(t, context))
         report = self.session.take_report() or Report(type(method).__name__)
         report.item_rows = list(range(len(tokens)))
         report.tokens_in = counts

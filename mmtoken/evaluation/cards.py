@@ -189,10 +189,14 @@ def _results(results: Mapping[str, Any]) -> list[str]:
         rows = []
         for row in (model["dense"], *model["results"]):
             scores = [row["accuracy"][benchmark][ALL] for benchmark in titles]
-            cells = [f"{row['layer_average'][first]:.1f}", f"{row['flops'][first] / row['flops_dense'][first]:.3f}"]
+            cells = [
+                f"{row['layer_average'][first]:.1f}",
+                f"{row['flops'][first] / row['flops_dense'][first]:.3f}",
+                f"{row['kv_share'][first]:.3f}",
+            ]
             cells += [f"{score['accuracy']:.3f} ({score['low']:.2f}-{score['high']:.2f})" for score in scores]
             rows.append([row["name"], *cells])
-        header = [f"on {model['model']}", "layer-average tokens", "FLOPs of dense", *titles.values()]
+        header = [f"on {model['model']}", "layer-average tokens", "FLOPs of dense", "cache of dense", *titles.values()]
         asked = ", ".join(f"{count} questions of {titles[name]}" for name, count in model["split"]["questions"].items())
         lines += [
             Table(header, rows).markdown(),

@@ -35,18 +35,50 @@ class Axis:
         label: of the axis, with the unit.
         value: (row, benchmark) -> number.
         logarithmic: whether each step to the right doubles.
+        against: what the headline calls it.
+        cache_only: whether methods are shown that let every layer process all tokens, and only shrink the cache.
     """
 
     name: str
     label: str
     value: Callable[[Row, str], float]
     logarithmic: bool
+    against: str
+    cache_only: bool = True
 
 
 AXES = (
-    Axis("tokens", "visual tokens (measured, average over decoder layers)", lambda r, b: r["layer_average"][b], True),
-    Axis("flops", "FLOPs of the decoder's prefill, millions per question", lambda r, b: r["flops"][b] / 1e6, True),
-    Axis("time", "time to the first token, ms per question", lambda r, b: r["first_token_ms"]["median"], False),
+    Axis(
+        "tokens",
+        "visual tokens (measured, average over decoder layers)",
+        lambda r, b: r["layer_average"][b],
+        True,
+        "visual tokens",
+        cache_only=False,
+    ),
+    Axis(
+        "flops",
+        "FLOPs of the decoder's prefill, millions per question",
+        lambda r, b: r["flops"][b] / 1e6,
+        True,
+        "FLOPs",
+        cache_only=False,
+    ),
+    Axis(
+        "cache",
+        "key/value cache after the prefill, % of the dense model's (text included)",
+        lambda r, b: 100 * r["kv_share"][b],
+        True,
+        "bytes of the cache",
+    ),
+    Axis("time", "time to the first token, ms per question", lambda r, b: r["first_token_ms"]["median"], False, "time"),
+    Axis(
+        "scoring",
+        "time inside the compressor, scores included, ms per question",
+        lambda r, b: r["scoring_ms"][b],
+        False,
+        "scoring time",
+    ),
 )
 
 
@@ -78,7 +110,7 @@ def draw_all(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
 def accuracy_figure(results: Mapping[str, Any], axis: Axis) -> Any:
     """A matplotlib Figure with one panel per benchmark: accuracy over all its questions against `axis`."""
     titles: Mapping[str, str] = results["titles"]
-    figure = _figure(4.7 * len(titles) + 1.6, 4.3)
+    figure = _figure(4.7 * len(titles) + 1.6, max(4.3, _legend_height(results)))
     panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
     for panel, (benchmark, title) in zip(panels, titles.items(), strict=True):
         _panel(panel, results, benchmark, ALL, axis)
@@ -100,7 +132,7 @@ def types_figure(results: Mapping[str, Any], axis: Axis, columns: int = 3) -> An
         if kind != ALL
     ]
     rows = -(-len(kinds) // columns)
-    figure = _figure(3.0 * columns + 1.7, 2.35 * rows + 0.6)
+    figure = _figure(3.0 * columns + 1.7, max(2.35 * rows + 0.6, _legend_height(results)))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel, (benchmark, kind, title) in zip(panels, kinds, strict=False):
         _panel(panel, results, benchmark, kind, axis, size=3.2)
@@ -149,20 +181,36 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
+def _legend_height(results: Mapping[str, Any]) -> float:
+    """Inches that the legend needs: a line per method and control, and some for headings and levels."""
+    return 0.19 * (len(styles(results["results"])) + 7)
+
+
 def _headline(results: Mapping[str, Any], axis: Axis) -> str:
-    against = {"tokens": "visual tokens", "flops": "FLOPs", "time": f"time ({results['environment']['device']})"}
-    return f"{results['model']}: accuracy against {against[axis.name]}"
+    device = f" ({results['environment']['device']})" if "ms" in axis.label else ""
+    return f"{results['model']}: accuracy against {axis.against}{device}"
+
+
+def _shown(rows: Sequence[Row], benchmark: str, axis: Axis) -> list[Row]:
+    """Rows that have a place on an axis."""
+    return [
+        row
+        for row in rows
+        if axis.cache_only or row["method"] == DENSE or row["layer_average"][benchmark] < row["tokens_in"][benchmark]
+    ]
 
 
 def _panel(panel: Any, results: Mapping[str, Any], benchmark: str, kind: str, axis: Axis, size: float = 4.5) -> None:
-    rows: Sequence[Row] = results["results"]
+    rows = _shown(results["results"], benchmark, axis)
     dense = next(row for row in rows if row["method"] == DENSE)
     score = dense["accuracy"][benchmark][kind]
     panel.axhspan(score["low"], score["high"], color="#000000", alpha=0.06, linewidth=0)
     panel.axhline(score["accuracy"], color=_INK, linewidth=1.2, label="dense", zorder=1)
     baseline = results["baselines"][benchmark][kind]
     panel.axhline(baseline, color="#b0b0b0", linewidth=1, linestyle=(0, (1, 2)), label="most frequent answer", zorder=1)
-    for title, style in styles(rows).items():
+    for title, style in styles(results["results"]).items():
+        if all(row["title"] != title for row in rows):
+            continue
         points = sorted(
             (axis.value(row, benchmark), *(row["accuracy"][benchmark][kind][k] for k in ("accuracy", "low", "high")))
             for row in rows

@@ -64,7 +64,7 @@ class ScalingLaw:
             MMTokenError: one of them is not positive.
         """
         _check_positive(billions=billions, tokens=tokens)
-        return self.a / (billions**self.alpha * tokens**self.beta) + self.d
+        return float(self.a / (billions**self.alpha * tokens**self.beta) + self.d)
 
     def relative_error(self, billions: float, tokens: float, all_tokens: float) -> float:
         """Expected error with `tokens` over the expected error with `all_tokens`; 1.0 where nothing is lost."""

@@ -103,7 +103,7 @@ def accuracy_table(results: Results) -> Table:
     """Accuracy of every entrant over all questions of each benchmark, with 95 % intervals and exact matches."""
     titles: Mapping[str, str] = results["titles"]
     first = next(iter(titles))
-    header = ["trained model", "tokens", "layer avg", "MFLOPs", "first token ms", "speed-up"]
+    header = ["trained model", "tokens", "layer avg", "MFLOPs", "cache", "scoring ms", "first token ms", "speed-up"]
     for title in titles.values():
         header += [title, "95 %", "exact"]
     rows = []
@@ -113,13 +113,15 @@ def accuracy_table(results: Results) -> Table:
             f"{row['tokens_out'][first]:.1f}",
             f"{row['layer_average'][first]:.1f}",
             f"{row['flops'][first] / 1e6:.1f}",
+            f"{100 * row['kv_share'][first]:.0f} %",
+            f"{row['scoring_ms'][first]:.2f}",
             f"{row['first_token_ms']['median']:.2f}",
             f"{row['first_token_speedup']['median']:.2f}",
         ]
         for benchmark in titles:
             cells += [*_score(row["accuracy"][benchmark][ALL]), f"{row['exact_match'][benchmark]:.3f}"]
         rows.append(cells)
-    baseline = ["most frequent answer", *[""] * 5]
+    baseline = ["most frequent answer", *[""] * 7]
     for benchmark in titles:
         baseline += [f"{results['baselines'][benchmark][ALL]:.3f}", "", ""]
     return Table(header, [*rows, baseline])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmtoken.compressors import (
     BUS,
     DART,
+    TCA,
     TOVA,
     TRIPS,
     CDPruner,
@@ -43,6 +44,7 @@ from mmtoken.compressors import (
     VisionZip,
     VisPruner,
     VLAPruner,
+    ZeroTPrune,
 )
 from mmtoken.compressors.base import CacheEntry, Dims, Rows, States, TextTokens, TowerStates, Transition
 from mmtoken.tokens import VisualTokens, pick_rows
@@ -66,6 +68,7 @@ SETTINGS: dict[str, Compressor] = {
     "tokencorr": TokenCorr(keep=0.4, tau_s=0.5),
     "sparsevlm": SparseVLM(keep=0.4),
     "sparsevlmplus": SparseVLMPlus(keep=0.4),
+    "tca": TCA(keep=0.4),
     "tome": ToMe(keep=0.4),
     "transprune": TransPrune(keep=0.4),
     "trips": TRIPS(keep=0.4),
@@ -73,6 +76,7 @@ SETTINGS: dict[str, Compressor] = {
     "visionzip": VisionZip(keep=0.4),
     "vispruner": VisPruner(keep=0.4),
     "vlapruner": VLAPruner(keep=0.4),
+    "zerotprune": ZeroTPrune(keep=0.4),
     "expectedattention": ExpectedAttention(keep=0.4),
     "keydiff": KeyDiff(keep=0.4),
     "knorm": Knorm(keep=0.4),

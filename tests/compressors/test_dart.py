@@ -57,13 +57,13 @@ def test_the_official_rule_rounds_down():
     assert act(official, tokens, context).counts() == [1 + 2 * 4]
 
 
-def test_the_order_of_pivots_decides_who_takes_what():
-    # Both pivots like token 2 least, then 0, then 1; whoever comes first gets it, and all is taken once.
+def test_the_visual_pivot_takes_first():
+    # Token 3 likes token 2 least, the text token likes token 1 least; a budget of two leaves room for one of them.
     features = torch.tensor([[0.0, 1.0], [0.5, 1.0], [-1.0, 0.0], [1.0, 0.0]])
     strength = torch.tensor([0.0, 0.0, 0.0, 9.0])
-    text, loud = torch.tensor([[1.0, 0.1]]), torch.tensor([9.0])
-    assert select_unlike(features, strength, text, loud, 3, 1, 1).tolist() == [0, 2, 3]
+    text, loud = torch.tensor([[-1.0, 0.1]]), torch.tensor([99.0])
     assert select_unlike(features, strength, text, loud, 2, 1, 1).tolist() == [2, 3]
+    assert select_unlike(features, strength, text, loud, 3, 1, 1).tolist() == [1, 2, 3]
 
 
 def test_without_text_the_visual_pivots_take_all():

@@ -105,6 +105,9 @@ def test_images_pass_unchanged_beside_videos():
     left = DyCoke(keep=1).llm_input(tokens, Context())
     assert left.counts() == [12, 12, 6]
     assert torch.equal(left.features[:2], features[:2])
+    # Images have no frames to compare, so that holes in them do not matter.
+    image = VisualTokens.from_features(features[:1], grid=((1, 3, 4),)).where(torch.arange(12)[None] > 3)
+    assert DyCoke(keep=1).llm_input(image, Context()).counts() == [8]
 
 
 def test_with_the_default_a_video_of_fours_keeps_about_0475():

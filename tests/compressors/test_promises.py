@@ -16,13 +16,21 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 # One line per entry, in alphabetical order: name -> what the class says about keep=1.0.
 NOT_THE_PLAIN_MODEL: dict[str, str] = {
+    "bus": "the learned decoder makes new features, however many are kept",
     "downscale": "averages over cells, and images are re-sampled",
+    "prumerge": "adds neighbours to every token, and outliers decide how many there are",
+    "quecc": "the learned projector makes new features, however many are kept",
+    "regionmask": "masks its boxes at keep=1.0, the only value; without boxes nothing changes",
     "tokencorr": "keep is an upper bound; the density of the crops decides",
 }
 
 # name -> (what the class declares, why the budget cannot be met exactly).
 NO_EXACT_BUDGET: dict[str, tuple[str, str]] = {
     "downscale": ("at_most", "a smaller grid has whole rows and columns"),
+    "dycoke": ("adaptive", "keep is what a reduced frame keeps, every fourth frame stays whole and images pass"),
+    "prumerge": ("adaptive", "outliers of the attention decide, keep bounds it; adaptive=False meets it"),
+    "quecc": ("adaptive", "cells of the grid become tokens, so only whole divisors of its side are possible"),
+    "regionmask": ("adaptive", "boxes decide what goes, there is no budget"),
     "tokencorr": ("adaptive", "the density of each crop decides, keep bounds it"),
 }
 

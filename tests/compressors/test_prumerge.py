@@ -178,6 +178,8 @@ def test_official_samples_worked_out_by_hand():
     both = official_centres(attention, 80 / 576, adaptive=True, plus=True)
     assert both[:80].tolist() == top.tolist()
     assert both[80:].tolist() == [i for i in range(0, 575, 2) if i not in top.tolist()]
+    # A third of 16 is 5: the last sample is 570, as 575 is not below 575.
+    assert official_centres(attention, 36 / 576, adaptive=True, plus=True)[-1] == 570
     # Fixed share: floor(1 / .125) = 8 apart, from 4 on, as many as the others and with repetitions.
     both = official_centres(attention, 0.125, adaptive=False, plus=True)
     assert len(both) == 144 and both[72:].tolist() == list(range(4, 575, 8))

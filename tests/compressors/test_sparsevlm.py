@@ -123,10 +123,10 @@ def test_kept_tokens_and_clusters_make_up_the_budget(total, share, recycle, memb
     budget = max(1, math.floor(share * total))
     kept, clusters = method.split(total, budget)
     assert kept + clusters == budget and kept >= 1
-    assert clusters <= method.recycled(total - kept) <= total - kept
-    natural = 0 if kept == total else int((int(recycle * (total - kept)) + 1) / members) + 1
+    recycled = min(int(recycle * (total - kept)) + 1, total - kept)
+    natural = min(int(recycled / members) + 1, recycled)
     assert clusters <= natural
-    if kept > 1 and members > 1 and recycle * (total - kept) >= 1:
+    if kept > 1:
         assert clusters == natural
 
 

@@ -100,6 +100,14 @@ def test_values_of_a_module_sum_up_to_the_weighted_mean_of_magnitudes(absolute):
     torch.testing.assert_close(values(x, y, absolute=absolute).sum(), want)
 
 
+@pytest.mark.parametrize("absolute", [True, False])
+def test_permuting_tokens_permutes_their_values(absolute):
+    x, y = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(3))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(4))
+    moved = values(x[order], y[order], absolute=absolute)
+    torch.testing.assert_close(moved, values(x, y, absolute=absolute)[order])
+
+
 def test_a_token_outside_of_the_support_weighs_nothing_and_has_no_value():
     magnitude, cosine = module(X, Y)
     support = torch.tensor([[True, True, True, False]])

@@ -172,6 +172,20 @@ def prompts_of(method: Compressor, reports: Sequence[Report], calls: Sequence[Ma
     return [with_merged(reports[-1], call) for call in calls[: len(reports)]]
 
 
+def as_entered(call: Mapping[str, Any], short: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
+    """A call of the decoder with the features that the compressed one got.
+
+    Args:
+        call: the uncompressed call.
+        short: the same call as the compressed decoder got it.
+        keep: bool[B, L], the tokens that are left in it, padding not among them.
+    """
+    embeds: Tensor = call["inputs_embeds"].clone()
+    for row, left in zip(range(len(keep)), keep, strict=True):
+        embeds[row, left] = short["inputs_embeds"][row, -int(left.sum()) :]
+    return {**call, "inputs_embeds": embeds}
+
+
 def with_merged(report: Report, call: Mapping[str, Any]) -> dict[str, Any]:
     """A call of the decoder with the features of the surviving tokens at their places."""
     embeds: Tensor = call["inputs_embeds"].clone()

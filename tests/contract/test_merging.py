@@ -111,7 +111,8 @@ def tower_facts(cell: Cell, case: str, seed: int = 1) -> tuple[Tensor, Tensor]:
     keys = keys.unflatten(-1, (heads, -1)).mean(-2)
     if family == "llava":  # what CLS pays
         return weights[:, :, 0, 1:].sum(1).flatten(), keys[:, 1:].flatten(0, 1)
-    received = weights.mean(2).sum(1)
+    real = weights.sum((1, 2)) > 0  # padding is looked at by nobody, and does not count among those who look
+    received = (weights.sum(1) * real[..., None]).sum(1) / real.sum(-1, keepdim=True)
     if family == "llava_onevision":
         pool = model.base_model.apply_pooling
         videos = inputs["pixel_values_videos"].shape[0]

@@ -15,7 +15,17 @@ from mmtoken.compressors import DivPrune, FastV, PyramidDrop
 from mmtoken.errors import InputError, UnsupportedError
 from tests import oracle
 from tests.backbones.tiny_models import CELLS, build
-from tests.contract.matrix import COMPRESSORS, Cell, batch, compress, logits, marks, refused, tiny
+from tests.contract.matrix import (
+    COMPRESSORS,
+    Cell,
+    batch,
+    compress,
+    logits,
+    marks,
+    refused,
+    refused_when_called,
+    tiny,
+)
 
 pytestmark = pytest.mark.lowest
 LLAVA = ("llava", "image")
@@ -39,6 +49,23 @@ def test_a_pair_that_cannot_work_is_refused_and_leaves_no_trace(name: str, cell:
     with pytest.raises(UnsupportedError, match=reason):
         check(model, COMPRESSORS[name])
     assert oracle.fingerprint_changes(before, oracle.fingerprint(model)) == []
+
+
+CALLS = [(name, cell) for name in COMPRESSORS for cell in CELLS if refused_when_called(name, cell)]
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"), CALLS, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+)
+def test_an_input_that_cannot_work_is_refused_when_it_comes(name: str, cell: Cell) -> None:
+    model, inputs = tiny(cell[0]), batch(cell, "plain")
+    with (
+        compress(model, COMPRESSORS[name]) as session,
+        pytest.raises(MMTokenError, match=refused_when_called(name, cell)),
+    ):
+        logits(model, inputs)
+    assert session.reports == []
+    assert oracle.hook_count(model) == 0
 
 
 def sliding(kind: str) -> tf.PreTrainedModel:

@@ -16,15 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from mmtoken import MMTokenError, attach, compress, compress_inputs
+from mmtoken.compressors import DivPrune, FastV, KeyDiff, Schedule
 from mmtoken.compressors.base import CacheEntry, Compressor, Context, Positions, Recording
-from mmtoken.engine.cache import cache_bytes
+from mmtoken.engine.cache import LogicalDynamicLayer, cache_bytes
+from mmtoken.engine.eviction import check_choice
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import kept_count
 from tests import oracle
 from tests.backbones.tiny_models import CELLS, build, visual_mask
-from tests.contract.matrix import Cell, assert_close, batch, dense, dense_logits, logits, tiny
-from tests.contract.reference import alone
+from tests.contract.matrix import Cell, assert_close, batch, dense, dense_logits, keeps, logits, tiny
+from tests.contract.reference import alone, evicted_by_layer, recording
 from tests.contract.test_modes import options
+from tests.contract.test_renumber import reference
 
 LLAVA = ("llava", "image")
 cells = pytest.mark.parametrize("cell", CELLS, ids="-".join)
@@ -79,7 +82,7 @@ def kept_per_head(length: int) -> dict[int, Tensor]:
 
 @cells
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("case", ["plain", "left_padded", "padded_ragged", "multi_image", "text_row"])
+@pytest.mark.parametrize("case", ["plain", "left_padded", "ragged", "padded_ragged", "multi_image", "text_row"])
 def test_decoding_without_entries_is_decoding_with_their_keys_hidden_per_head(cell: Cell, case: str, attn: str) -> None:
     model, inputs = tiny(cell[0], attn), batch(cell, case)
     with compress(model, Hashed(keep=0.4)) as session:
@@ -171,7 +174,8 @@ def test_a_second_turn_on_the_returned_cache_agrees(cell: Cell, case: str, drop:
     assert_close(got.logits, want.logits)
 
 
-def test_a_second_image_on_a_compressed_cache_loses_only_tokens_of_its_own() -> None:
+@pytest.mark.parametrize("drop", ["drop", "mask"])
+def test_a_second_image_on_a_compressed_cache_loses_only_tokens_of_its_own(drop: Any) -> None:
     model, inputs = tiny("llava"), batch(LLAVA, "padded_ragged")
     length = inputs["input_ids"].shape[1]
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -192,7 +196,7 @@ def test_a_second_image_on_a_compressed_cache_loses_only_tokens_of_its_own() -> 
             **{oracle.CACHE: out[oracle.CACHE]},
         ).logits
 
-    with torch.no_grad(), compress(model, Hashed(keep=0.4)) as session:
+    with torch.no_grad(), compress(model, Hashed(keep=0.4), mode=drop) as session:
         got = run()
     assert len(session.reports) == 2
     first, second = Hashed.chosen[:4], Hashed.chosen[4:]
@@ -378,6 +382,22 @@ def test_eviction_after_cuts_agrees(cell: Cell, case: str, attn: str, drop: Any)
     assert torch.equal(got.sequences, want.sequences)
 
 
+@cells
+@pytest.mark.parametrize("case", ["plain", "padded_ragged"])
+def test_eviction_after_renumbering_cuts_agrees(cell: Cell, case: str) -> None:
+    model, inputs = tiny(cell[0]), batch(cell, case)
+    parts = (DivPrune(), FastV(layer=2), KeyDiff())
+    method = Schedule(keep=0.25, positions="renumber", parts=parts, ratios=(3.0, 2.0, 1.0))
+    with recording(model) as calls, compress(model, method) as session:
+        got = oracle.generate_with_logits(model, inputs, max_new_tokens=5)
+    keep = keeps(session.report, cell, case)
+    evicted = evicted_by_layer(session.report, keep)
+    assert sorted(evicted) == [0, 1, 2, 3]
+    with oracle.masked_keys(model, evicted, decode_only=True):
+        want = reference(model, inputs, calls[0], keep, got.sequences)
+    assert_close(got.logits, want[:, inputs["input_ids"].shape[1] - 1 : -1])
+
+
 # ------------------------------------------------------------------------------------------- what the method is told
 
 
@@ -526,6 +546,52 @@ class Wrong(Hashed):
 def test_a_wrong_answer_of_the_method_is_named(how: str, words: str) -> None:
     with compress(tiny("llava"), Wrong(how=how)), pytest.raises(MMTokenError, match=words):
         logits(tiny("llava"), batch(LLAVA, "plain"))
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("drop", ["drop", "mask"])
+def test_rows_that_lose_different_numbers_need_no_mask_of_the_caller(attn: str, drop: Any) -> None:
+    model = tiny("llama", attn)
+    ids = torch.arange(24).view(2, 12) + 5
+    visual = torch.zeros(2, 12, dtype=torch.bool)
+    visual[0, 1:10] = visual[1, 3:6] = True
+
+    def run() -> Tensor:
+        cache = model(input_ids=ids, use_cache=True)[oracle.CACHE]
+        steps = [model(input_ids=ids[:, i : i + 1], use_cache=True, **{oracle.CACHE: cache}).logits for i in (3, 7)]
+        return torch.cat(steps, 1)
+
+    with torch.no_grad(), compress(model, Hashed(keep=2), visual=visual, mode=drop) as session:
+        got = run()
+    assert session.report.sites[0].tokens_out == [2, 2] and session.report.tokens_in == [9, 3]
+    with torch.no_grad(), oracle.masked_keys(model, kept_per_head(12), decode_only=True):
+        want = run()
+    assert_close(got, want)
+
+
+def test_padding_is_never_kept() -> None:
+    with compress(tiny("llava"), Hashed()):
+        logits(tiny("llava"), batch(LLAVA, "padded_ragged"))
+    _, entry, _ = Hashed.chosen[0]
+    everything = torch.ones(entry.keys.shape[:3], dtype=torch.bool)
+    assert not bool(entry.valid.all())
+    assert torch.equal(check_choice(everything, entry, "x"), entry.valid[:, None].expand_as(everything))
+
+
+def test_rows_of_a_hidden_or_evicted_layer_can_be_picked_and_repeated() -> None:
+    for mode in ("hide", "evict"):
+        layer = LogicalDynamicLayer()
+        keys = torch.arange(2 * 2 * 4.0).view(2, 2, 4, 1)
+        layer.update(keys, keys)
+        keep = torch.tensor([[[1, 1, 0, 1], [0, 1, 1, 1]], [[1, 0, 0, 0], [0, 0, 1, 0]]]).bool()
+        getattr(layer, mode)(keep)
+        names = ("keys", "values", "slots", "hidden")
+        before = {name: getattr(layer, name) for name in names if getattr(layer, name) is not None}
+        layer.batch_repeat_interleave(2)
+        layer.batch_select_indices(torch.tensor([3, 0]))
+        assert ("hidden" if mode == "hide" else "slots") in before
+        for name, value in before.items():
+            assert torch.equal(getattr(layer, name), value[[1, 0]])
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

@@ -109,6 +109,11 @@ def test_every_tile_and_item_is_told_the_text_of_its_own_row(cell: tuple[str, st
         close(states, torch.stack([state for _, state in wanted[site]]))
 
 
+def in_order(values: Tensor) -> Tensor:
+    """Rows by their first entry."""
+    return values[values[:, 0].argsort()]
+
+
 @cells
 def test_generate_with_beams_and_compress_inputs_know_what_forward_knows(cell: tuple[str, str]) -> None:
     model = tiny(cell[0])
@@ -122,12 +127,10 @@ def test_generate_with_beams_and_compress_inputs_know_what_forward_knows(cell: t
         SEEN.clear()
     for site, got in beams.items():
         for values, want in zip(got, direct[site], strict=True):
-            if len(values) != len(want):  # behind the encoders, beams repeat rows
-                want = want.repeat_interleave(2, 0) if site != "vision_layer" else want
-                rows = sorted(range(len(values)), key=lambda i: values[i].tolist())
-                close(values[rows], want[sorted(range(len(want)), key=lambda i: want[i].tolist())])
-            else:
-                close(values, want)
+            if len(values) != len(want):  # beams have repeated the rows
+                assert len(values) == 2 * len(want)
+                values, want = in_order(values), in_order(want.repeat_interleave(2, 0))
+            close(values, want)
     assert set(beams) == set(direct)
     if oracle.ENCODES_APART:
         compress_inputs(model, Reader(), batch)
@@ -169,7 +172,7 @@ def test_what_is_to_be_predicted_is_no_prompt() -> None:
     SEEN.clear()
     with compress(model, Reader()):
         forward(model, batch, labels=labels)
-        forward(model, batch)  # labels of an earlier call are forgotten
+        forward(model.base_model, batch)  # labels of an earlier call are forgotten
     mean, _ = text_alone(model, {"input_ids": batch["input_ids"][0]}, (real & ~visual)[0])
     close(SEEN[-1][1][0], mean)
 
@@ -218,6 +221,7 @@ def test_images_that_are_encoded_by_themselves_have_no_prompt() -> None:
     batch = inputs(model, "llava", "image", "plain")
     with compress(model, Reader()):
         forward(model, batch)
+        oracle.generate_with_logits(model, batch, max_new_tokens=1)
         with pytest.raises(UnsupportedError, match=r"encoded by themselves; call generate\(\)"):
             model.get_image_features(pixel_values=batch["pixel_values"])
         forward(model, batch)
@@ -242,6 +246,28 @@ def test_a_bare_tower_has_no_prompt(family: str) -> None:
         attach(tiny(family), Reader())
     with pytest.raises(UnsupportedError, match="reads the prompt"):
         check(tiny(family), Reader())
+
+
+def test_a_bare_decoder_reads_the_text_around_its_marked_tokens() -> None:
+    class AtTheInput(Compressor):
+        """Only the site at the decoder."""
+
+        keep, positions, needs, merges = 1.0, "keep", Reader.needs, False
+        llm_input = Reader.llm_input
+        _note = Reader._note
+
+    model = tiny("llama")
+    ids = torch.arange(10, 34).view(2, 12)
+    visual = torch.zeros(2, 12, dtype=torch.bool)
+    visual[0, 2:9] = visual[1, 4:8] = True
+    want = forward(model, {"input_ids": ids}).logits
+    with compress(model, AtTheInput(), visual=visual):
+        assert torch.equal(forward(model, {"input_ids": ids}).logits, want)
+    ((_, means, states),) = SEEN
+    for row in range(2):
+        mean, state = text_alone(model, {"input_ids": ids[row]}, ~visual[row])
+        close(means[row], mean)
+        close(states[row], state)
 
 
 def test_what_was_not_declared_is_not_told() -> None:

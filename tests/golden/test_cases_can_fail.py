@@ -15,13 +15,14 @@ from tests.golden import (
     test_kvpress,
     test_prumerge,
     test_pyramiddrop,
+    test_quecc,
     test_sparsevlm,
     test_tome,
     test_transprune,
     test_visionzip,
     test_vla_pruner,
 )
-from tests.golden.case import EXPECTED, HOME, GoldenCase, find_cases
+from tests.golden.case import HOME, GoldenCase, find_cases
 
 MODULES = (
     test_dycoke,
@@ -30,6 +31,7 @@ MODULES = (
     test_kvpress,
     test_prumerge,
     test_pyramiddrop,
+    test_quecc,
     test_sparsevlm,
     test_tome,
     test_transprune,
@@ -62,7 +64,7 @@ def test_one_wrong_number_in_any_expected_tensor_turns_a_case_red(method, path):
     case = GoldenCase.load(path)
     clean = fresh(case)
     CHECKS[method](clean)
-    assert set(clean.compared) == {name for name in case.tensors if name.startswith(EXPECTED)} - clean.unused
+    assert set(clean.compared) == {name for name in case.tensors if case.is_expected(name)} - clean.unused
     for seed, name in enumerate(clean.compared):
         if not case.tensors[name].numel():
             continue  # nothing is merged in this round: there is no number to change

@@ -13,7 +13,7 @@ from mmtoken.compressors import Context, VLAPruner
 from mmtoken.compressors.vlapruner import diverse, smooth
 from mmtoken.engine.recorder import Recorder
 from mmtoken.tokens import top_mask
-from tests.golden.case import GoldenCase
+from tests.golden.case import HOME, GoldenCase
 from tests.golden.models import llama
 
 METHOD = "vla_pruner"
@@ -22,6 +22,17 @@ METHOD = "vla_pruner"
 @pytest.mark.golden
 def test_vla_pruner_gives_the_official_numbers(case_path: Path) -> None:
     check(GoldenCase.load(case_path))
+
+
+def test_the_papers_decay_would_choose_other_tokens_than_the_official_one() -> None:
+    case = GoldenCase.load(HOME / METHOD / "case2")
+    history = case.take("input.history_oldest_to_newest")[:, None]
+    everyone = torch.ones(1, history.shape[-1], dtype=torch.bool)
+    paper, repo = (
+        top_mask(smooth(history, case.settings["gamma"], everyone, variant=variant), [64], everyone)
+        for variant in ("paper", "repo")
+    )
+    assert int((paper & repo).sum()) == 54
 
 
 @torch.no_grad()

@@ -1,0 +1,301 @@
+"""Zero-TPrune: the page rank's invariants, heads, near-duplicates, counts and plain loops."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmtoken import MMTokenError, compress
+from mmtoken.compressors import ZeroTPrune, zerotprune
+from mmtoken.compressors.base import TowerStates
+from mmtoken.compressors.zerotprune import emphasise, informative_heads, near_duplicates, page_rank
+from mmtoken.errors import UnsupportedError
+from mmtoken.tokens import kept_count
+from tests.backbones.tiny_models import build
+from tests.compressors.batches import make
+
+
+def graph(attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys [1, H, n, n] whose attention is the given one [H, n, n], positive rows that sum to 1."""
+    length = attention.shape[-1]
+    return attention.log()[None] * length**0.5, torch.eye(length).expand(1, attention.shape[0], -1, -1)
+
+
+def random_attention(heads: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randn(heads, length, length, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+def ranked(attention: Tensor, rounds: int, tolerance: float = 0.0) -> Tensor:
+    """float[H, n], from equal weights."""
+    length = attention.shape[-1]
+    seen = torch.ones(1, length, dtype=torch.bool)
+    return page_rank(*graph(attention), seen, seen / length, rounds, tolerance)[0]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 10])
+def test_scores_sum_to_one_and_are_not_negative(rounds: int) -> None:
+    scores = ranked(random_attention(3, 9), rounds)
+    torch.testing.assert_close(scores.sum(-1), torch.ones(3))
+    assert bool((scores >= 0).all())
+
+
+def test_many_rounds_end_at_the_stationary_vector() -> None:
+    attention = random_attention(2, 7)
+    scores = ranked(attention, 200)
+    for head in range(2):
+        values, vectors = torch.linalg.eig(attention[head].T.double())
+        vector = vectors[:, (values.real - 1).abs().argmin()].real
+        torch.testing.assert_close(scores[head], (vector / vector.sum()).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_one_round_from_equal_weights_is_the_mean_of_each_column() -> None:
+    attention = random_attention(2, 7)
+    torch.testing.assert_close(ranked(attention, 1), attention.mean(1))
+
+
+def test_rounds_stop_once_scores_stand_still_for_each_item_by_itself() -> None:
+    """The first item has equal scores from the start, the second one moves on."""
+    still = torch.full((1, 6, 6), 1 / 6)
+    moving = random_attention(1, 6)
+    (a, b), (c, d) = graph(still), graph(moving)
+    seen = torch.ones(2, 6, dtype=torch.bool)
+    both = page_rank(torch.cat([a, c]), torch.cat([b, d]), seen, seen / 6, 50, 1e-3)
+    torch.testing.assert_close(both[0, 0], torch.full((6,), 1 / 6))
+    steps = torch.full((6,), 1 / 6)
+    change, number = 1.0, 0
+    while change >= 1e-3:
+        after = moving[0].T @ steps
+        change = float((after - steps).abs().mean())
+        steps, number = after, number + 1
+    assert 1 < number < 50
+    torch.testing.assert_close(both[1, 0], steps)
+    assert not torch.allclose(ranked(moving, 50)[0], steps, atol=1e-6)
+
+
+def test_doubly_stochastic_attention_gives_equal_scores() -> None:
+    shifts = [torch.eye(6).roll(k, 0) for k in range(6)]
+    weights = torch.tensor([0.3, 0.25, 0.2, 0.1, 0.1, 0.05])
+    attention = sum(w * s for w, s in zip(weights, shifts, strict=True))
+    torch.testing.assert_close(ranked(attention[None], 13), torch.full((1, 6), 1 / 6))
+
+
+def test_permuted_tokens_have_permuted_scores() -> None:
+    attention = random_attention(2, 8)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ranked(attention[:, order][:, :, order], 4), ranked(attention, 4)[:, order])
+
+
+def test_chunks_and_tokens_that_are_not_seen_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 3, 9, 4, generator=generator)
+    seen = torch.tensor([[True] * 6 + [False] * 3])
+    got = page_rank(query, key, seen, seen / 6.0, 3)
+    alone = page_rank(query[:, :, :6], key[:, :, :6], seen[:, :6], seen[:, :6] / 6.0, 3)
+    torch.testing.assert_close(got[:, :, :6], alone)
+    assert not bool(got[:, :, 6:].any())
+    monkeypatch.setattr(zerotprune, "CHUNK", 2)
+    torch.testing.assert_close(page_rank(query, key, seen, seen / 6.0, 3), got)
+
+
+def test_raw_scores_can_never_reach_the_published_variance() -> None:
+    """All weight on one of 197 tokens, the highest variance that there is, is 0.00505."""
+    peaked = torch.zeros(1, 2, 197)
+    peaked[:, :, 0] = 1.0
+    seen = torch.ones(1, 197, dtype=torch.bool)
+    assert float(peaked[0, 0].var(unbiased=False)) == pytest.approx(0.00505, abs=5e-6)
+    half = torch.cat([torch.full((1, 1, 197), 1 / 197), peaked[:, :1]], 1)
+    bounds = (0.004, 0.7)
+    assert informative_heads(half, seen, bounds, rescale=False).tolist() == [[False, True]]
+    assert informative_heads(half, seen, (0.01, 0.7), rescale=False).tolist() == [[True, True]]  # none: all
+
+
+def test_heads_count_whose_variance_lies_within_the_bounds() -> None:
+    seen = torch.tensor([[True, True, True, True, False]])
+    heads = torch.tensor(
+        [[[0.25, 0.25, 0.25, 0.25, 9.0], [0.3, 0.2, 0.3, 0.2, 9.0], [0.4, 0.1, 0.4, 0.1, 9.0], [1.0, 0, 0, 0, 9.0]]]
+    )
+    # with mean 1: variances 0, 0.04, 0.36 and 3
+    assert informative_heads(heads, seen, (0.01, 0.7)).tolist() == [[False, True, True, False]]
+    assert informative_heads(heads, seen, (0.04 - 1e-6, 0.3)).tolist() == [[False, True, False, False]]
+    assert informative_heads(heads, seen, (5.0, 6.0)).tolist() == [[True] * 4]
+
+
+def test_heads_come_together_as_root_mean_square() -> None:
+    ranks = torch.tensor([[[0.6, 0.4], [0.2, 0.8], [0.9, 0.1]]])
+    got = emphasise(ranks, torch.tensor([[True, True, False]]))
+    torch.testing.assert_close(got, torch.tensor([[math.sqrt(0.2), math.sqrt(0.4)]]))
+    same = ranks[:, :1].expand(-1, 4, -1)
+    torch.testing.assert_close(emphasise(same, torch.ones(1, 4, dtype=torch.bool)), ranks[:, 0])
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+def test_the_less_important_of_two_equal_keys_leaves_first(metric: Any) -> None:
+    features = torch.eye(6) * 2
+    features[4] = features[1]  # 1 is important, 4 is not
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.1, 0.2, 0.3])
+    assert near_duplicates(features, scores, 1, "unimportant", metric).tolist() == [4]
+    assert near_duplicates(features, scores, 1, "important", metric).tolist() == [1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 12, 13])
+@pytest.mark.parametrize("split", ["unimportant", "important", "alternate"])
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+def test_near_duplicates_equal_plain_loops(
+    metric: Any, split: Any, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zerotprune, "CHUNK", 3)
+    generator = torch.Generator().manual_seed(length)
+    features, scores = torch.randn(length, 4, generator=generator), torch.rand(length, generator=generator)
+    ranking = sorted(range(length), key=lambda i: (-float(scores[i]), i))
+    half = math.ceil(length / 2)
+    stay, leave = {
+        "unimportant": (ranking[:half], ranking[half:]),
+        "important": (ranking[length - half :], ranking[: length - half]),
+        "alternate": (ranking[0::2], ranking[1::2]),
+    }[split]
+
+    def alike(a: int, b: int) -> float:
+        x, y = features[a].tolist(), features[b].tolist()
+        product = sum(p * q for p, q in zip(x, y, strict=True))
+        if metric == "dot":
+            return product
+        if metric == "euclidean":
+            return -math.dist(x, y)
+        return product / math.hypot(*x) / math.hypot(*y)
+
+    best = {a: max(alike(a, b) for b in stay) for a in leave}
+    want = sorted(leave, key=lambda a: (-best[a], a))[:4]
+    assert near_duplicates(features, scores, 4, split, metric).tolist() == want
+
+
+def test_importance_equals_plain_loops() -> None:
+    """CLS votes and is voted for, starts higher, and is no candidate; tokens of two patches have their sum."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 4, 2, 3, generator=generator)
+    first = torch.randn(3, 1, 2, 1, 3, generator=generator)
+    left = torch.tensor([[True, False, True, True]])
+    states = TowerStates(query, key, value, *first)
+    got = ZeroTPrune(boost=True, variance=(0.0, 100.0)).importance(states, left, 3)
+    patches = [(token, patch) for token in (0, 2, 3) for patch in range(2)]
+    squares = [0.0] * 7
+    for head in range(2):
+        rows = [first[0, 0, head, 0]] + [query[0, head, t, p] for t, p in patches]
+        columns = [first[1, 0, head, 0]] + [key[0, head, t, p] for t, p in patches]
+        weights = torch.tensor([[float(q @ k) / 3**0.5 for k in columns] for q in rows]).softmax(-1)
+        scores = [math.sqrt(7)] + [1.0] * 6
+        scores = [s / sum(scores) for s in scores]
+        for _ in range(3):
+            scores = [sum(scores[i] * float(weights[i, j]) for i in range(7)) for j in range(7)]
+        squares = [total + s**2 for total, s in zip(squares, scores, strict=True)]
+    for number, token in enumerate((0, 2, 3)):
+        want = sum(math.sqrt(squares[1 + 2 * number + patch] / 2) for patch in range(2))
+        assert float(got[0, token]) == pytest.approx(want, rel=1e-5)
+    assert float(got[0, 1]) == 0.0
+
+
+@pytest.mark.parametrize("order", ["I'-S-I", "I-S"])
+@pytest.mark.parametrize("keep", [0.2, 5, 0.9])
+def test_counts_are_exact_at_every_cut_and_order_is_kept(keep: int | float, order: Any) -> None:
+    method = ZeroTPrune(keep=keep, layers=(1, 3, 4), order=order, similar=3)
+    tokens, context = make([20, 7], separators=True)
+    before = tokens.counts()
+    left = tokens
+    for layer in range(1, 6):
+        left = method.vision_layer(left, layer, context)
+        stage = {1: 0, 3: 1, 4: 2}.get(layer)
+        if stage is not None:
+            assert left.counts() == [method.target(total, stage, 3) for total in before]
+        for source, valid in zip(left.source, left.valid, strict=True):
+            assert source[valid].tolist() == sorted(set(source[valid].tolist()))
+    assert left.counts() == tokens.budget(keep)
+    assert [int(p.sum()) for p in left.protected & left.valid] == [int(p.sum()) for p in tokens.protected]
+
+
+def test_the_same_share_leaves_at_every_cut() -> None:
+    method = ZeroTPrune(keep=0.125)
+    assert [method.target(640, stage, 3) for stage in range(3)] == [320, 160, 80]
+    assert method.target(0, 0, 3) == 0 and method.target(5, 2, 3) == kept_count(0.125, 5)
+
+
+def test_the_first_pass_ranks_only_and_the_second_sees_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[list[int], int]] = []
+    original = ZeroTPrune.importance
+
+    def watched(self: Any, states: Any, left: Tensor, rounds: int) -> Tensor:
+        calls.append((left.sum(-1).tolist(), rounds))
+        return original(self, states, left, rounds)
+
+    monkeypatch.setattr(ZeroTPrune, "importance", watched)
+    tokens, context = make([20])
+    context.depth = 12
+    ZeroTPrune(keep=0.5, layers=(2,), similar=3).vision_layer(tokens, 2, context)
+    ZeroTPrune(keep=0.5, layers=(2,), similar=3, order="I-S").vision_layer(tokens, 2, context)
+    assert calls == [([20], 1), ([17], 30), ([20], 30)]
+
+
+def test_rounds_fall_with_depth_and_places_scale() -> None:
+    method = ZeroTPrune()
+    assert method.cuts(12) == (1, 3, 6, 9, 11) and method.cuts(24) == (2, 6, 12, 18, 22)
+    assert [method._rounds(cut - 1, 12) for cut in method.cuts(12)] == [30, 30, 5, 5, 1]
+
+
+@pytest.mark.parametrize("name", ["clip_vision", "siglip_vision"])
+def test_keeping_all_is_the_plain_tower_to_the_bit_and_images_do_not_know_each_other(name: str) -> None:
+    model = build(name)
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        plain = model(pixels).last_hidden_state
+        with compress(model, ZeroTPrune(keep=1.0)):
+            assert torch.equal(model(pixels).last_hidden_state, plain)
+        with compress(model, ZeroTPrune(keep=0.3)) as session:
+            model(pixels)
+            together = session.report.kept
+            for image in range(2):
+                model(pixels[image : image + 1])
+                assert torch.equal(session.report.kept[0], together[image])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("layers", value) for value in ((), (0,), (2, 1), (1, True), "12", 3)),
+        *(("similar", value) for value in (-1, True, 1.0)),
+        *(("rounds", value) for value in ((30, 5), (30, 5, 0), None, 5, (30, 5, 1.0))),
+        *(("tolerance", value) for value in (-1, "0", True, math.nan)),
+        *(("variance", value) for value in ((0.7, 0.01), (-1, 1), (0.1,), None, (math.nan, 1), ("a", "b"))),
+        *(("rescale", value) for value in (None, 1)),
+        *(("boost", value) for value in (None, 1)),
+        *((field, "other") for field in ("feature", "metric", "split", "order")),
+    ],
+)
+def test_bad_settings_are_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(MMTokenError, match=f"{field}="):
+        ZeroTPrune(**{field: value})
+
+
+def test_a_tower_without_such_a_place_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="layers="):
+        compress(build("clip_vision"), ZeroTPrune(layers=(3,)))  # it is read after three blocks
+    with pytest.raises(UnsupportedError, match="first block"):
+        ZeroTPrune().tower_layers(1, 2)
+
+
+@pytest.mark.parametrize("feature", ["key", "query", "value", "features"])
+def test_what_is_compared_is_what_was_asked_for(feature: Any) -> None:
+    """Token 11 is made a copy of token 0 in one feature; only there it is a duplicate."""
+    tokens, context = make([12])
+    source = {"key": context.keys, "features": tokens.features}.get(feature)
+    if source is None:
+        context.states[0, 11, :, {"query": 0, "value": 2}[feature]] = context.states[
+            0, 0, :, {"query": 0, "value": 2}[feature]
+        ]
+    else:
+        source[0, 11] = source[0, 0]
+    method = ZeroTPrune(feature=feature)
+    compared = method._features(tokens, context.tower_states(tokens), context)[0]
+    scores = torch.ones(12)
+    assert near_duplicates(compared, scores, 1, "unimportant", "euclidean").tolist() == [11]
