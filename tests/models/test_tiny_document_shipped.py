@@ -77,3 +77,17 @@ def test_it_is_listed_with_what_it_was_trained_for():
     entry = find_model("tiny-document")
     assert entry.benchmarks == ("document_pages",) and find_model("tiny-llava").benchmarks[0] == "shapes_qa"
     assert sum(file.stat().st_size for file in entry.path.iterdir()) < 6_000_000
+
+
+def test_the_card_states_what_was_measured():
+    folder = Path(__file__).parents[2] / "models" / "tiny_document"
+    card = (folder / "README.md").read_text()
+    results = json.loads((folder / "documents.json").read_text())
+    dense = results["results"][0]["accuracy"]["document_pages"]
+    for kind, row in dense.items():
+        cells = f"{row['accuracy']:.3f} ({row['low']:.2f}-{row['high']:.2f}) |"
+        assert any(line.startswith(f"| {kind} ") and line.endswith(cells) for line in card.splitlines()), kind
+    half = {row["title"]: row for row in results["results"] if row["keep"] == 0.5}
+    for row in half.values():
+        assert f"{row['accuracy']['document_pages']['all']['accuracy']:.3f}".removeprefix("0") in card
+    assert f"{results['crops']['spearman_of_ink_and_tokens']:.2f}".removeprefix("0") in card
