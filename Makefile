@@ -10,8 +10,10 @@ PYTEST := $(BIN)/python -m pytest
 demo: $(READY)
 	$(BIN)/mmtoken demo --out demo
 
+# A process per core, so each keeps to one thread.
+test: export OMP_NUM_THREADS ?= 1
 test: $(READY)
-	$(PYTEST) -m "not golden and not contract_full"
+	$(PYTEST) -n auto -m "not golden and not contract_full"
 
 golden: $(READY)
 	$(PYTEST) -m golden tests/golden

@@ -26,7 +26,7 @@ def lines(panel: Any) -> dict[str, Any]:
 def test_every_picture_is_written_and_nothing_else(tmp_path: Path) -> None:
     files = draw_all(accuracy_results(), tmp_path, "accuracy-tiny")
     assert [file.name for file in files] == [
-        f"accuracy-tiny-{name}.png" for name in ("tokens", "flops", "time", "types")
+        f"accuracy-tiny-{name}.png" for name in ("tokens", "flops", "cache", "time", "scoring", "types")
     ]
     assert sorted(tmp_path.iterdir()) == sorted(files)
     for file in files:
