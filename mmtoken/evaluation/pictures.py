@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 # Told apart without red against green; a second round of the colours gets other markers.
 COLOURS = ("#0b66b0", "#d1500f", "#0f8a5f", "#a0429b", "#b8860b", "#2aa5c9", "#7a4b2a", "#5b5bd6")
 _MARKERS = "oDsv"
-_GREYS = (("#6b6b6b", ":", "x"), ("#6b6b6b", "--", "s"), ("#9a9a9a", "-.", "^"))
+_GREYS = (("#6b6b6b", ":", "x"), ("#6b6b6b", "--", "s"), ("#9a9a9a", "-.", "^"), ("#9a9a9a", "--", "D"))
 _INK = "#222222"
 
 

@@ -72,6 +72,14 @@ def test_onevision_does_not_cut_several_pictures_of_a_prompt():
     assert found == [[0] * 10, [0] * 10, BASE + TWO] and cropped == [False, False, True]
 
 
+def test_onevision_counts_crops_row_by_row():
+    model = build("llava_onevision")
+    model.config.image_grid_pinpoints = [[126, 84]]
+    call = {"pixel_values": torch.zeros(1, 7, 3, 42, 42), "image_sizes": torch.tensor([[126, 84]])}
+    layout = adapt(model).layout("image", call, 7)
+    assert layout.crops[9:].view(9, 7)[::3, ::3].tolist() == [[1, 2, 2], [3, 4, 4], [5, 6, 6]]
+
+
 def test_onevision_crops_that_the_model_scales_down_keep_their_numbers():
     """3 x 3 crops of 3 x 3 patches, scaled to at most 2 tiles' worth of patches: 9 x 9 become 4 x 4."""
     model = build("llava_onevision")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mmtoken.cli import main as cli
 from mmtoken.cli.main import main
+from mmtoken.compressors.registry import names
 from tests.backbones.processors import write_checkpoint
 
 pytestmark = pytest.mark.lowest
@@ -144,11 +145,17 @@ def test_doctor_says_what_fits(capsys: Output, qwen: str) -> None:
     assert main(["doctor", "--model", "tiny-llava"]) == 0
     out = capsys.readouterr().out
     assert "transformers" in out and "sdpa" in out
-    assert out.count("fits") == 8
+    assert out.count("fits") == len(names()) - 1 and "RegionMask drops what boxes touch" in out
     assert main(["doctor", "--json", "--model", qwen]) == 0
     findings = json.loads(capsys.readouterr().out)
     fits = findings["model"]["compressors"]
-    assert [name for name, reason in fits.items() if reason is not None] == ["downscale"]
+    assert {name for name, reason in fits.items() if reason is not None} == {
+        "bus",
+        "downscale",
+        "regionmask",
+        "trips",
+        "vlapruner",
+    }
     assert "compressor.prepare" in fits["downscale"]
     assert findings["packages"]["torch"] and findings["attention"]["sdpa"] == "usable"
     assert main(["doctor", "--json"]) == 0

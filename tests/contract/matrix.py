@@ -76,7 +76,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "flowcuthr": FlowCutHR(keep=0.3, layer=2),
     "flowcuthr-renumber": FlowCutHR(keep=3, layer=1, positions="renumber"),
     "tca": TCA(keep=0.5),
-    "tca-repo": TCA(keep=6, variant="repo", layers=(1,)),
+    "tca-repo": TCA(keep=3, variant="repo", layers=(1,)),
     "tca-renumber": TCA(keep=0.5, positions="renumber"),
     "zerotprune": ZeroTPrune(keep=0.4, similar=2),
     "zerotprune-count": ZeroTPrune(keep=3, layers=(1,), order="I-S", variance=(0.0, 0.1)),
