@@ -61,8 +61,11 @@ def in_steps(model: Any, method: Compressor, mode: Any = "drop") -> tuple[Tensor
 
 
 @torch.no_grad()
-def with_copies(model: Any, gone: dict[int, list[int]] | None = None) -> Tensor:
-    """The same from the longer sequence, in one call; `gone`: per layer, kept tokens that it does not see."""
+def with_copies(model: Any, gone: dict[int, list[int]] | None = None, layer: int | None = None) -> Tensor:
+    """The same from the longer sequence, in one call; `gone`: per layer, kept tokens that it does not see.
+
+    With `layer`: what the prompt's last token pays to each kept token in it, over all copies, float[4]; eager only.
+    """
     embeds = model.get_input_embeddings()(torch.cat([IDS, ANSWER], 1))[0]
     merged = embeds.clone()
     merged[FIRST], merged[FIRST + 3] = embeds[FIRST : FIRST + 3].mean(0), embeds[FIRST + 3 : FIRST + 5].mean(0)
@@ -82,7 +85,11 @@ def with_copies(model: Any, gone: dict[int, list[int]] | None = None) -> Tensor:
     if model.config._attn_implementation == "eager":
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     with oracle.masked_keys(model, hidden):
-        out = model(inputs_embeds=merged[at][None], attention_mask=mask, position_ids=at[None], use_cache=False)
+        how = {"output_attentions": True} if layer is not None else {}
+        out = model(inputs_embeds=merged[at][None], attention_mask=mask, position_ids=at[None], use_cache=False, **how)
+    if layer is not None:
+        paid = out.attentions[layer][0, :, -4].mean(0)
+        return torch.stack([paid[at == place].sum() for place in sizes])
     return out.logits[0, -4:]
 
 
@@ -106,6 +113,9 @@ def test_cuts_between_layers_take_the_copies_along(attn: str, mode: Any) -> None
     lost = sorted({*KEPT} - {*report.kept[0].tolist()})
     assert len(lost) == 2
     assert_close(got, with_copies(model, {2: lost, 3: lost}))
+    scores = report.sites[-1].scores
+    assert scores is not None
+    assert_close(scores[0], with_copies(tiny("llama", "eager"), layer=1))
 
 
 def test_eviction_takes_weights_along() -> None:
