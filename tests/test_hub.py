@@ -409,7 +409,7 @@ def test_an_entry_whose_files_did_not_come_along_is_neither_listed_nor_found(mon
     ghost = ZooModel("ghost", "not shipped", "ghost", "ghost")
     monkeypatch.setattr(registry, "ZOO", (*ZOO, ghost))
     assert ghost not in list_models()
-    with pytest.raises(UnknownNameError, match="Known: tiny-llava"):
+    with pytest.raises(UnknownNameError, match="Known: tiny-document, tiny-llava"):
         find_model("ghost")
 
 
