@@ -41,4 +41,6 @@ def test_presets_are_the_defaults_and_load_by_the_registry_and_the_command_line(
     parser = Parser("test", "")
     add_compressor(parser)
     assert take_compressor(parser, ["--compressor", str(file)])[1] == default
-    assert take_compressor(parser, ["--compressor", str(file), "--keep", "3"])[1] == resolve(default, keep=3)
+    if cls.sites != {"cache"}:  # whose entries have their positions already
+        changed = take_compressor(parser, ["--compressor", str(file), "--compressor.positions", "renumber"])[1]
+        assert changed == resolve(default, positions="renumber") != default

@@ -55,7 +55,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("copy")
     for part in ("mmtoken", "tests"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("assets", "golden", "__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "docs").mkdir()
+    for file in ("pyproject.toml", "README.md", "docs/compressors.md", "docs/add-a-compressor.md"):
+        shutil.copy(ROOT / file, folder / file)
     assert len(INSERTS) == 4
     for title in INSERTS:
         (folder / title).write_text(insert((folder / title).read_text(), BLOCKS[title]))
@@ -88,4 +90,6 @@ def test_what_is_generated_is_renewed(copy: Path) -> None:
     first, second = (shlex.split(line) for line in BLOCKS["renew"].splitlines())
     run(first, copy, copy)
     assert "# LongVectors" in (copy / "compressors" / "longvectors" / "README.md").read_text()
-    assert "| longvectors | LongVectors | method | 2026 |" in run(second, copy, copy)
+    run(second, copy, copy)
+    assert "| longvectors | LongVectors | method | 2026 |" in (copy / "docs" / "compressors.md").read_text()
+    assert "| longvectors | 2026 |" in (copy / "README.md").read_text()

@@ -61,6 +61,7 @@ class BareTower(Backbone):
         inner: Any = self.model._modules.get("vision_model", self.model)
         blocks = inner.encoder.layers
         clip = self.model.config.model_type == "clip_vision_model"
+        head = inner._modules.get("head")
         return Tower(
             module=self.model,
             blocks=blocks,
@@ -68,6 +69,7 @@ class BareTower(Backbone):
             prefix=int(clip),
             unit=1,
             heads=self.model.config.num_attention_heads,
+            pooling=None if head is None else head.attention,
         )
 
     def layout(self, modality: Modality, call: Mapping[str, Any], tiles: int) -> Layout:

@@ -33,6 +33,7 @@ class Tower:
         queries, keys, values: attributes of the attention that project them; the same name if they are fused.
         mergers: modules that turn a packed sequence into projected tokens.
         window: side of an attention window in projected tokens, None without window attention.
+        pooling: the `nn.MultiheadAttention` that pools the output over all patches (SigLIP's head), None without one.
     """
 
     module: nn.Module
@@ -48,6 +49,7 @@ class Tower:
     values: str = "v_proj"
     mergers: tuple[nn.Module, ...] = ()
     window: int | None = None
+    pooling: nn.Module | None = None
 
 
 @dataclass(frozen=True)

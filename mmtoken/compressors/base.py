@@ -428,6 +428,10 @@ class Compressor(ABC):
         """Budget of what `vision_layer` leaves for `project`, where the projector joins patches."""
         return 1.0
 
+    def calibrates(self) -> bool:
+        """Whether merged tokens get log(size) on their attention scores in every decoder layer."""
+        return False
+
     def hides(self) -> bool:
         """Whether tokens that are let go stay in the decoder's sequence, unseen by the others (as mode="mask")."""
         return False

@@ -38,12 +38,15 @@ class Composition(Compressor):
     """
 
     chain: tuple[Compressor, ...]
+    calibrate: bool
     nested: ClassVar[tuple[str, ...]] = ("parts",)
     year: ClassVar[int] = 2026
     paper: ClassVar[str] = "composition"
 
     def _compose(self, chain: tuple[Compressor, ...]) -> None:
         """Check the order, and take over what the parts declare."""
+        if not isinstance(self.calibrate, bool):
+            raise MMTokenError(f"calibrate={self.calibrate!r} is no bool; give true or false.")
         for before, after in itertools.pairwise(chain):
             _check_order(before, after)
         positions = {part.positions for part in chain if part.sites != {"cache"}} or {"keep"}
@@ -179,6 +182,9 @@ class Composition(Compressor):
         inside = [part for part in self.chain if "vision_layer" in part.sites and part not in around]
         return _together([part.encoder_keep() for part in inside])
 
+    def calibrates(self) -> bool:
+        return self.calibrate
+
     def hides(self) -> bool:
         return any(part.hides() for part in self.chain)
 
@@ -208,9 +214,12 @@ class Sequential(Composition):
 
     Attributes:
         parts: compressors, in the order in which they act.
+        calibrate: add log(size) of merged tokens to their attention scores in every decoder layer, so that each weighs
+            as much as the tokens it stands for (RESTORE, ICML 2026).
     """
 
     parts: tuple[Compressor, ...]
+    calibrate: bool = False
     keep: int | float = field(init=False, repr=False, compare=False)
     positions: Positions = field(init=False, repr=False, compare=False)
 
@@ -234,12 +243,14 @@ class Schedule(Composition):
     Attributes:
         parts: compressors, in the order in which they act; see `Sequential`.
         ratios: how many times `keep` each part leaves, falling to 1.0; None: all of them 1.0.
+        calibrate: see `Sequential`.
     """
 
     keep: int | float
     positions: Positions = "keep"
     parts: tuple[Compressor, ...] = ()
     ratios: tuple[float, ...] | None = None
+    calibrate: bool = False
 
     title: ClassVar[str] = "Schedule"
 

@@ -166,6 +166,7 @@ def facts() -> list[dict[str, str]]:
 def facts_of(name: str, cls: type[Compressor]) -> dict[str, str]:
     """The facts of one class as words; every class has the same ones."""
     default = next(field.default for field in dataclasses.fields(cls) if field.name == "positions")  # type: ignore[arg-type]
+    choices = sorted(get_args(Positions), key=lambda choice: choice != default)
     return {
         "name": name,
         "title": cls.title,
@@ -177,7 +178,8 @@ def facts_of(name: str, cls: type[Compressor]) -> dict[str, str]:
         "streaming-legal": _yes(cls.causal and cls.query_agnostic),
         "trainable": _yes(cls.trainable),
         "budget": cls.budget.replace("_", " "),
-        "positions": " or ".join(sorted(get_args(Positions), key=lambda choice: choice != default)),
+        # Entries of a cache have their positions already.
+        "positions": str(default) if cls.sites == {"cache"} else " or ".join(choices),
         "keep=1.0": "bit-identical" if cls.identity_at_full is True else str(cls.identity_at_full),
         "parity": cls.parity,
         "cost": cls.cost,

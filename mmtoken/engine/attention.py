@@ -147,7 +147,10 @@ def attention_of(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
         allowed = torch.arange(length, device=key.device) <= (past + index)[..., None]
     else:
         row = mask.expand(rows, -1, -1, -1)[:, 0].gather(1, index[..., None].expand(-1, -1, mask.shape[3]))
-        allowed = (row if row.dtype == torch.bool else row == 0)[..., :length]
+        row = row[..., :length]
+        allowed = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+        if row.dtype != torch.bool:
+            scores = scores + row.float()[:, None]
     return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
 
 

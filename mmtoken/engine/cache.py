@@ -27,6 +27,7 @@ class LogicalLayer:
         group: which cut produced `slots`; layers of one group hold equal `slots`.
         shift: int[B], by how much later positions move down (positions="renumber"), or None.
         hidden: bool[B, G, n], which of the first n stored entries no later token sees, per head; None: all are seen.
+        weight: float[B, 1 or G, n] added to the attention scores of the first n stored entries; None: nothing is.
         settled: tokens seen when entries were last chosen among; all of them had a say, so none is taken back.
     """
 
@@ -36,6 +37,7 @@ class LogicalLayer:
     group: int = 0
     shift: Tensor | None = None
     hidden: Tensor | None = None
+    weight: Tensor | None = None
     settled: int = 0
 
     def stored(self) -> int:
@@ -76,10 +78,11 @@ class LogicalLayer:
         self.slots = None if self.slots is None else change(self.slots)
         self.shift = None if self.shift is None else change(self.shift)
         self.hidden = None if self.hidden is None else change(self.hidden)
+        self.weight = None if self.weight is None else change(self.weight)
 
     def _forget(self) -> None:
         self.dropped, self.slots, self.ragged, self.group, self.shift = 0, None, False, 0, None
-        self.hidden, self.settled = None, 0
+        self.hidden, self.weight, self.settled = None, None, 0
 
 
 class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
@@ -113,6 +116,8 @@ class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
             if not bool((tail == torch.arange(start, start + tail.shape[1], device=tail.device)).all()):
                 raise UnsupportedError(f"crop removes {remove} tokens and reaches into compressed ones; start anew.")
             self.slots = self.slots[:, :left]
+        if self.weight is not None:
+            self.weight = self.weight[..., :left]
         assert self.keys is not None and self.values is not None
         self.keys, self.values = self.keys[..., :left, :], self.values[..., :left, :]
 
@@ -134,6 +139,8 @@ class LogicalDynamicLayer(LogicalLayer, DynamicLayer):
         self.slots = columns.gather(2, index).masked_fill(~valid, -1).amin(1)
         self.ragged = not bool(valid.all())
         self.dropped += keep.shape[2] - longest
+        if self.weight is not None:
+            self.weight = self.weight.expand(keep.shape).gather(2, index)
         index = index[..., None].expand(-1, -1, -1, self.keys.shape[-1])
         self.keys = self.keys.gather(2, index)
         self.values = self.values.gather(2, index[..., :1].expand(-1, -1, -1, self.values.shape[-1]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mmtoken.backbones.base import Modality
-from mmtoken.engine import attention, gather, masks
+from mmtoken.engine import attention, calibration, gather, masks
 from mmtoken.engine.cache import LogicalLayer, logical_layer, make_logical, new_cache
 from mmtoken.engine.compat import CACHE, cache_in, check_checkpointing, with_cache
 from mmtoken.engine.context import CallContext
@@ -50,6 +50,7 @@ class DecoderHooks:
         self.backbone = session.backbone
         self.compressor = session.compressor
         self.thread = session.thread
+        self.calibrates = session.compressor.calibrates()
         self.hides = session.mode == "mask" or session.compressor.hides()
         depth = len(decoder.layers)
         self.depth = depth
@@ -73,7 +74,7 @@ class DecoderHooks:
             keep(root.register_forward_hook(self._root_post, always_call=True))
         keep(decoder.register_forward_pre_hook(self._decoder_pre, with_kwargs=True))
         keep(decoder.register_forward_hook(self._decoder_post, always_call=True))
-        touched = (*self.cuts, *self.listening.read, *((0,) if self.eviction.acts else ()))
+        touched = (*self.cuts, *self.listening.read, *((0,) if self.eviction.acts or self.calibrates else ()))
         if touched:
             for number in range(min(touched), self.depth):
                 hook = functools.partial(self._layer_pre, number)
@@ -195,6 +196,8 @@ class DecoderHooks:
         start_report(self.session, call, self.shape, encoded)
         call.embeds, keep = self._decide(call)
         call.entered = call.tokens.counts()
+        if self.calibrates:
+            calibration.note_sizes(call)
         if self.thread.report is not None:
             self.thread.report.entered = call.tokens.kept()
         call.cut = call.base = Cut.of(0, keep, hides=self.hides)
@@ -331,6 +334,8 @@ class DecoderHooks:
         hidden = args[0] if args else kwargs["hidden_states"]
         if call is None:
             changed = self._decode_layer(number, args, kwargs)
+            if self.calibrates:
+                changed = self._weigh_step(number, hidden, *(changed or (args, kwargs)))
             self.listening.enter_layer_of_step(number, hidden, kwargs if changed is None else changed[1])
             return changed
         given = kwargs
@@ -340,6 +345,7 @@ class DecoderHooks:
             hidden = self._cut_here(call, number, hidden, kwargs)
             kwargs = self._cut_arguments(call, number, given, hidden)
         kwargs = self.eviction.hide_earlier(call, number, kwargs)
+        kwargs = calibration.enter_layer(self.decoder, call, number, kwargs) if self.calibrates else kwargs
         call.layer_cut[number] = call.cut
         self.listening.enter_layer(call, number, hidden, kwargs)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
@@ -353,6 +359,8 @@ class DecoderHooks:
             "llm_layer", number, tokens, context, lambda t: self.compressor.llm_layer(t, number, context)
         )
         keep = call.apply(tokens)
+        if self.calibrates:
+            calibration.note_sizes(call)
         if self.compressor.merges:
             hidden = call.write(tokens, hidden)
         before, call.cut = call.cut, Cut.of(call.cut.group + 1, keep, hides=self.hides)
@@ -406,6 +414,7 @@ class DecoderHooks:
             stored = logical_layer(call.cache, number)
             if stored is not None and number not in call.recorded:
                 stored.record(cut.index, cut.valid, call.length, cut.group, cut.shift)
+                calibration.record(call, number, stored)
         finish_report(self.session, call, cuts)
         if not self.separate_root:
             self._clear()
@@ -464,6 +473,14 @@ class DecoderHooks:
             axes = positions[-3:] if positions.ndim == 3 else positions
             changed["position_embeddings"] = self.decoder.rotary_emb(hidden, axes)
         return args, changed
+
+    def _weigh_step(self, number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        stored = logical_layer(cache_in(kwargs), number)
+        if stored is None or stored.weight is None:
+            return args, kwargs
+        given = kwargs.get("attention_mask")
+        mask = calibration.decode_mask(self.decoder, stored, given, hidden.shape[1], hidden.dtype)
+        return args, {**kwargs, "attention_mask": mask}
 
 
 def _prompt_tokens(items: Items, embeds: Tensor) -> VisualTokens:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtoken.compressors.base import CacheEntry
-from mmtoken.engine import attention, masks
+from mmtoken.engine import attention, calibration, masks
 from mmtoken.engine.cache import LogicalDynamicLayer, LogicalLayer, logical_layer
 from mmtoken.engine.compat import CACHE
 from mmtoken.engine.context import CallContext
@@ -154,6 +154,7 @@ class Eviction:
         assert isinstance(stored, LogicalDynamicLayer) and call.base is not None
         session, cut = self.session, call.layer_cut.get(number, call.base)
         stored.record(cut.index, cut.valid, call.length, cut.group, cut.shift)
+        calibration.record(call, number, stored)
         call.recorded.add(number)
         columns = stored.all_columns()
         entry, index = self._entry(call, stored, columns)

@@ -299,6 +299,8 @@ class Prefill:
         memory: what the compressor wants to remember.
         layer_cut: the cut that each decoder layer ran under.
         recorded: layers whose cache knows already what it stores.
+        weight: float[B, L] log(size) of merged tokens, None while there are none or nobody asks for them.
+        layer_weight: per decoder layer float[B, 1, n], those of its sequence.
         prompt: its text (a `Prompt`), for methods that read it.
     """
 
@@ -322,6 +324,8 @@ class Prefill:
     memory: dict[str, Any] = field(default_factory=dict)
     layer_cut: dict[int, Cut] = field(default_factory=dict)
     recorded: set[int] = field(default_factory=set)
+    weight: Tensor | None = None
+    layer_weight: dict[int, Tensor] = field(default_factory=dict)
     started: float = 0.0
     prompt: Any = None
 

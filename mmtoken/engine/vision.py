@@ -148,6 +148,8 @@ class VisionHooks:
             if number in extra:
                 yield block.register_forward_hook(functools.partial(self._read_block, number))
         yield tower.blocks[last].register_forward_hook(self._feature_block)
+        if inside and tower.pooling is not None:
+            yield tower.pooling.register_forward_pre_hook(self._pooling_pre, with_kwargs=True)
         for merger in tower.mergers if inside else ():
             yield merger.register_forward_hook(self._merger)
         projector = self.session.backbone.projector()
@@ -260,6 +262,15 @@ class VisionHooks:
         self._thread.features = hidden
         if self.tower.prefix:
             run.cls = hidden[:, 0]
+
+    def _pooling_pre(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Hide the padding of short rows from the head that pools over patches."""
+        run = self._run
+        if not isinstance(run, DenseRun) or run.real is None:
+            return None
+        return args, {**kwargs, "key_padding_mask": ~run.real}
 
     def _merger(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         run = self._run

@@ -47,6 +47,9 @@ def card(name: str, cls: type[Compressor], results: Mapping[str, Any] | None = N
         results: content of its `results.json`, as `split_results` makes it.
     """
     idea, settings = docstring(cls)
+    for base in cls.__mro__[1:]:  # settings that a method takes over from another one
+        if base is not Compressor and issubclass(base, Compressor):
+            settings = docstring(base)[1] | settings
     facts = facts_of(name, cls)
     title = facts.pop("title")
     default = _default(cls)
@@ -192,7 +195,7 @@ def _results(results: Mapping[str, Any]) -> list[str]:
             cells = [
                 f"{row['layer_average'][first]:.1f}",
                 f"{row['flops'][first] / row['flops_dense'][first]:.3f}",
-                f"{row['kv_share'][first]:.3f}",
+                f"{row['kv_share'][first]:.3f}" if "kv_share" in row else "",  # results of before it was measured
             ]
             cells += [f"{score['accuracy']:.3f} ({score['low']:.2f}-{score['high']:.2f})" for score in scores]
             rows.append([row["name"], *cells])

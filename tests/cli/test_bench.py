@@ -34,7 +34,7 @@ def names(folder: Path) -> set[str]:
 
 SPEED = {"speed.json", "speed.md"}
 ACCURACY = {"accuracy-tiny-llava.json", "accuracy-tiny-llava.md"} | {
-    f"accuracy-tiny-llava-{name}.png" for name in ("tokens", "flops", "time", "types")
+    f"accuracy-tiny-llava-{name}.png" for name in ("tokens", "flops", "cache", "time", "scoring", "types")
 }
 
 

@@ -212,6 +212,18 @@ def test_a_row_says_what_the_class_says(facts_of_class, expected):
     assert {name: row[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("name", names())
+def test_the_positions_of_a_row_are_those_that_the_class_takes(name):
+    cls = names()[name]
+    default = resolve(name, keep=0.25) if cls.control else cls()
+    for choice in ("keep", "renumber"):
+        if choice in facts_of(name, cls)["positions"].split(" or "):
+            assert dataclasses.replace(default, positions=choice).positions == choice
+        else:
+            with pytest.raises(MMTokenError, match="positions="):
+                dataclasses.replace(default, positions=choice)
+
+
 def test_the_default_positions_come_first():
     about = {"__annotations__": {"positions": str}, "positions": "renumber", "title": "", "paper": "", "year": 2026}
     assert facts_of("x", dataclass(frozen=True)(type("X", (Outsider,), about)))["positions"] == "renumber or keep"

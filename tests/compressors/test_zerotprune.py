@@ -58,22 +58,23 @@ def test_one_round_from_equal_weights_is_the_mean_of_each_column() -> None:
 
 
 def test_rounds_stop_once_scores_stand_still_for_each_item_by_itself() -> None:
-    """The first item has equal scores from the start, the second one moves on."""
-    still = torch.full((1, 6, 6), 1 / 6)
-    moving = random_attention(1, 6)
-    (a, b), (c, d) = graph(still), graph(moving)
+    """The second item hardly moves in a round, so that it needs more of them than the first."""
+    quick = random_attention(1, 6)
+    slow = 0.8 * torch.eye(6) + 0.2 * random_attention(1, 6, seed=1)
+    (a, b), (c, d) = graph(quick), graph(slow)
     seen = torch.ones(2, 6, dtype=torch.bool)
     both = page_rank(torch.cat([a, c]), torch.cat([b, d]), seen, seen / 6, 50, 1e-3)
-    torch.testing.assert_close(both[0, 0], torch.full((6,), 1 / 6))
-    steps = torch.full((6,), 1 / 6)
-    change, number = 1.0, 0
-    while change >= 1e-3:
-        after = moving[0].T @ steps
-        change = float((after - steps).abs().mean())
-        steps, number = after, number + 1
-    assert 1 < number < 50
-    torch.testing.assert_close(both[1, 0], steps)
-    assert not torch.allclose(ranked(moving, 50)[0], steps, atol=1e-6)
+    rounds = []
+    for item, attention in enumerate((quick, slow)):
+        scores, change, number = torch.full((6,), 1 / 6), 1.0, 0
+        while change >= 1e-3:
+            after = attention[0].T @ scores
+            change = float((after - scores).abs().mean())
+            scores, number = after, number + 1
+        torch.testing.assert_close(both[item, 0], scores)
+        assert not torch.allclose(ranked(attention, number + 3)[0], scores, rtol=0, atol=1e-5)
+        rounds.append(number)
+    assert 1 < rounds[0] < rounds[1] < 50
 
 
 def test_doubly_stochastic_attention_gives_equal_scores() -> None:
@@ -139,6 +140,13 @@ def test_the_less_important_of_two_equal_keys_leaves_first(metric: Any) -> None:
     scores = torch.tensor([0.9, 0.8, 0.7, 0.1, 0.2, 0.3])
     assert near_duplicates(features, scores, 1, "unimportant", metric).tolist() == [4]
     assert near_duplicates(features, scores, 1, "important", metric).tolist() == [1]
+
+
+def test_of_equally_near_duplicates_the_one_with_the_lower_index_leaves() -> None:
+    features = torch.eye(6)
+    features[3] = features[5] = features[0]
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.1, 0.2, 0.3])
+    assert near_duplicates(features, scores, 1, "unimportant", "cosine").tolist() == [3]
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 12, 13])

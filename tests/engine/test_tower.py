@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import SiglipVisionModel
 
 from mmtoken import compress
 from mmtoken.compressors.base import Compressor, Context, Need, Positions
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import VisualTokens
 from tests import oracle
-from tests.backbones.tiny_models import build, inputs, visual_mask
+from tests.backbones.tiny_models import build, config, inputs, visual_mask
 from tests.engine.agreement import QWEN, assert_close, tiny
 
 
@@ -381,6 +382,22 @@ def test_sizes_weigh_in_uneven_rows_as_in_a_row_by_itself(name: str) -> None:
         for row, merges in enumerate((0, 5, 8)):
             with compress(model, Pairs(merges=(merges,))):
                 assert_close(got[row], model(pixels[row : row + 1]).last_hidden_state[0])
+
+
+def test_a_pooling_head_does_not_see_the_padding_of_short_rows() -> None:
+    settings = config("siglip_vision")
+    settings.vision_use_head = True
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SiglipVisionModel(settings).eval()
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(2)) * 3
+    with torch.no_grad():
+        with compress(model, Uneven(cuts=((16, 3),))):
+            got = model(pixels).pooler_output
+        with compress(model, Uneven(cuts=((3,),))):
+            alone = model(pixels[1:]).pooler_output
+        assert oracle.max_error(model(pixels).pooler_output[1], alone[0]) > 1e-4
+    assert_close(got[1], alone[0])
 
 
 def test_packed_rows_may_be_uneven() -> None:

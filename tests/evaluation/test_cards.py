@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mmtoken.cli.main import main
-from mmtoken.compressors import FastV, Random
+from mmtoken.compressors import FastV, FlowCut, FlowCutHR, Random
 from mmtoken.compressors.registry import names
 from mmtoken.evaluation import cards
 from tests.compressors.test_registry import Outsider
@@ -30,6 +30,7 @@ def result(name: str, correct: int) -> dict[str, Any]:
         "layer_average": {"shapes_qa": 31.25},
         "flops": {"shapes_qa": 100.0},
         "flops_dense": {"shapes_qa": 400.0},
+        "kv_share": {"shapes_qa": 0.3125},
         "accuracy": {"shapes_qa": {"all": score}},
     }
 
@@ -67,8 +68,8 @@ def test_a_card_shows_title_paper_idea_facts_preset_and_results() -> None:
     assert "Attributes:" not in text
     assert "| layer | `2` | K, the first layer (0-based) that sees the kept tokens only; at least 1. |" in text
     assert "| parity | official code |" in text and "class_path: mmtoken.compressors.FastV" in text
-    assert "| FastV keep=0.25 | 31.2 | 0.250 | 0.700 (0.10-0.99) |" in text
-    assert "| dense | 31.2 | 0.250 | 0.900 (0.10-0.99) |" in text and "`a.json`" in text
+    assert "| FastV keep=0.25 | 31.2 | 0.250 | 0.312 | 0.700 (0.10-0.99) |" in text
+    assert "| dense | 31.2 | 0.250 | 0.312 | 0.900 (0.10-0.99) |" in text and "`a.json`" in text
     assert "## Results" not in cards.card("fastv", FastV)
 
 
@@ -95,6 +96,12 @@ def test_settings_are_read_from_the_attributes_section() -> None:
     assert text == "First line.\n\nA list:\n    indented text: stays."
     both = "between which layers, both inside."
     assert settings == {"low": both, "high": both, "other": "a | b."}
+
+
+def test_settings_taken_over_from_another_method_keep_their_meaning() -> None:
+    assert FlowCut in FlowCutHR.__mro__ and "interval" not in cards.docstring(FlowCutHR)[1]
+    meaning = cards.docstring(FlowCut)[1]["interval"]
+    assert f"| interval | `2` | {meaning} |" in cards.card("flowcuthr", FlowCutHR)
 
 
 def test_every_setting_of_every_compressor_is_explained() -> None:
