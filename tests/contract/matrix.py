@@ -151,7 +151,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "tova": TOVA(keep=0.4),
     "schedule-visionzip-fastv": Schedule(keep=0.3, parts=(VisionZip(), FastV()), ratios=(2.0, 1.0)),
     "schedule-flowcut-visionzip": Schedule(keep=0.3, parts=(FlowCut(), VisionZip()), ratios=(2.0, 1.0)),
-    "schedule-flowcut-snapkv": Schedule(keep=2, parts=(FlowCut(), SnapKV(window=4)), ratios=(2.0, 1.0)),
+    "schedule-flowcut-snapkv": Schedule(keep=1, parts=(FlowCut(), SnapKV(window=4)), ratios=(2.0, 1.0)),
     "schedule-four": Schedule(
         keep=0.2, parts=(ToMe(), DivPrune(), PyramidDrop(layers=(1, 3)), Knorm()), ratios=(4.0, 3.0, 2.0, 1.0)
     ),
