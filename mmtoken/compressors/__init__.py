@@ -1,73 +1,39 @@
-"""Compressors: one paper, one file."""
+"""Compressors: one paper, one file. What is imported here is known by name, in lists and on the command line."""
 
-from mmtoken.compressors.base import Compressor, Context
-from mmtoken.compressors.bus import BUS
-from mmtoken.compressors.cdpruner import CDPruner
-from mmtoken.compressors.compose import Schedule, Sequential
-from mmtoken.compressors.controls import Downscale, Random, UniformGrid
-from mmtoken.compressors.dart import DART
-from mmtoken.compressors.divprune import DivPrune
-from mmtoken.compressors.dycoke import DyCoke
-from mmtoken.compressors.expectedattention import ExpectedAttention
-from mmtoken.compressors.fastv import FastV
-from mmtoken.compressors.flowcut import FlowCut, FlowCutHR
-from mmtoken.compressors.holov import HoloV
-from mmtoken.compressors.keydiff import KeyDiff
-from mmtoken.compressors.knorm import Knorm
-from mmtoken.compressors.prumerge import PruMerge
-from mmtoken.compressors.pyramiddrop import PyramidDrop
-from mmtoken.compressors.quecc import QueCC
-from mmtoken.compressors.regionmask import RegionMask
-from mmtoken.compressors.snapkv import SnapKV
-from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
-from mmtoken.compressors.tca import TCA
-from mmtoken.compressors.tokencorr import TokenCorr
-from mmtoken.compressors.tome import ToMe
-from mmtoken.compressors.tova import TOVA
-from mmtoken.compressors.trained import Trained
-from mmtoken.compressors.transprune import TransPrune
-from mmtoken.compressors.trips import TRIPS
-from mmtoken.compressors.visionzip import VisionZip
-from mmtoken.compressors.vispruner import VisPruner
-from mmtoken.compressors.vlapruner import VLAPruner
-from mmtoken.compressors.zerotprune import ZeroTPrune
-
-__all__ = [
-    "BUS",
-    "DART",
-    "TCA",
-    "TOVA",
-    "TRIPS",
-    "CDPruner",
-    "Compressor",
-    "Context",
-    "DivPrune",
-    "Downscale",
-    "DyCoke",
-    "ExpectedAttention",
-    "FastV",
-    "FlowCut",
-    "FlowCutHR",
-    "HoloV",
-    "KeyDiff",
-    "Knorm",
-    "PruMerge",
-    "PyramidDrop",
-    "QueCC",
-    "Random",
-    "RegionMask",
-    "Schedule",
-    "Sequential",
-    "SnapKV",
-    "SparseVLM",
-    "SparseVLMPlus",
-    "ToMe",
-    "TokenCorr",
-    "Trained",
-    "TransPrune",
-    "UniformGrid",
-    "VLAPruner",
-    "VisPruner",
-    "VisionZip",
-    "ZeroTPrune",
-]
+from mmtoken.compressors.base import Compressor as Compressor
+from mmtoken.compressors.base import Context as Context
+from mmtoken.compressors.bus import BUS as BUS
+from mmtoken.compressors.cdpruner import CDPruner as CDPruner
+from mmtoken.compressors.compose import Schedule as Schedule
+from mmtoken.compressors.compose import Sequential as Sequential
+from mmtoken.compressors.controls import Downscale as Downscale
+from mmtoken.compressors.controls import Random as Random
+from mmtoken.compressors.controls import UniformGrid as UniformGrid
+from mmtoken.compressors.dart import DART as DART
+from mmtoken.compressors.divprune import DivPrune as DivPrune
+from mmtoken.compressors.dycoke import DyCoke as DyCoke
+from mmtoken.compressors.expectedattention import ExpectedAttention as ExpectedAttention
+from mmtoken.compressors.fastv import FastV as FastV
+from mmtoken.compressors.flowcut import FlowCut as FlowCut
+from mmtoken.compressors.flowcut import FlowCutHR as FlowCutHR
+from mmtoken.compressors.holov import HoloV as HoloV
+from mmtoken.compressors.keydiff import KeyDiff as KeyDiff
+from mmtoken.compressors.knorm import Knorm as Knorm
+from mmtoken.compressors.prumerge import PruMerge as PruMerge
+from mmtoken.compressors.pyramiddrop import PyramidDrop as PyramidDrop
+from mmtoken.compressors.quecc import QueCC as QueCC
+from mmtoken.compressors.regionmask import RegionMask as RegionMask
+from mmtoken.compressors.snapkv import SnapKV as SnapKV
+from mmtoken.compressors.sparsevlm import SparseVLM as SparseVLM
+from mmtoken.compressors.sparsevlm import SparseVLMPlus as SparseVLMPlus
+from mmtoken.compressors.tca import TCA as TCA
+from mmtoken.compressors.tokencorr import TokenCorr as TokenCorr
+from mmtoken.compressors.tome import ToMe as ToMe
+from mmtoken.compressors.tova import TOVA as TOVA
+from mmtoken.compressors.trained import Trained as Trained
+from mmtoken.compressors.transprune import TransPrune as TransPrune
+from mmtoken.compressors.trips import TRIPS as TRIPS
+from mmtoken.compressors.visionzip import VisionZip as VisionZip
+from mmtoken.compressors.vispruner import VisPruner as VisPruner
+from mmtoken.compressors.vlapruner import VLAPruner as VLAPruner
+from mmtoken.compressors.zerotprune import ZeroTPrune as ZeroTPrune

@@ -6,73 +6,26 @@ import dataclasses
 import sys
 from typing import Any, get_args, overload
 
+import mmtoken.compressors as shelf
 from mmtoken.compressors.base import SITES, Compressor, Positions
-from mmtoken.compressors.bus import BUS
-from mmtoken.compressors.cdpruner import CDPruner
-from mmtoken.compressors.compose import Schedule, Sequential
-from mmtoken.compressors.controls import Downscale, Random, UniformGrid
-from mmtoken.compressors.dart import DART
-from mmtoken.compressors.divprune import DivPrune
-from mmtoken.compressors.dycoke import DyCoke
-from mmtoken.compressors.expectedattention import ExpectedAttention
-from mmtoken.compressors.fastv import FastV
-from mmtoken.compressors.flowcut import FlowCut, FlowCutHR
-from mmtoken.compressors.holov import HoloV
-from mmtoken.compressors.keydiff import KeyDiff
-from mmtoken.compressors.knorm import Knorm
-from mmtoken.compressors.prumerge import PruMerge
-from mmtoken.compressors.pyramiddrop import PyramidDrop
-from mmtoken.compressors.quecc import QueCC
-from mmtoken.compressors.regionmask import RegionMask
-from mmtoken.compressors.snapkv import SnapKV
-from mmtoken.compressors.sparsevlm import SparseVLM, SparseVLMPlus
-from mmtoken.compressors.tca import TCA
-from mmtoken.compressors.tokencorr import TokenCorr
-from mmtoken.compressors.tome import ToMe
-from mmtoken.compressors.tova import TOVA
+from mmtoken.compressors.compose import Composition, Schedule, Sequential
 from mmtoken.compressors.trained import Trained
-from mmtoken.compressors.transprune import TransPrune
-from mmtoken.compressors.trips import TRIPS
-from mmtoken.compressors.visionzip import VisionZip
-from mmtoken.compressors.vispruner import VisPruner
-from mmtoken.compressors.vlapruner import VLAPruner
-from mmtoken.compressors.zerotprune import ZeroTPrune
 from mmtoken.errors import MMTokenError, UnknownNameError, near_names
 
-COMPRESSORS: tuple[type[Compressor], ...] = (
-    FastV,
-    PyramidDrop,
-    VisionZip,
-    DivPrune,
-    ToMe,
-    PruMerge,
-    VisPruner,
-    CDPruner,
-    HoloV,
-    DyCoke,
-    BUS,
-    QueCC,
-    TRIPS,
-    TokenCorr,
-    SparseVLM,
-    SparseVLMPlus,
-    DART,
-    TransPrune,
-    VLAPruner,
-    FlowCut,
-    FlowCutHR,
-    ZeroTPrune,
-    TCA,
-    SnapKV,
-    Knorm,
-    ExpectedAttention,
-    KeyDiff,
-    TOVA,
-    Random,
-    UniformGrid,
-    Downscale,
-    RegionMask,
+COMPRESSORS: tuple[type[Compressor], ...] = tuple(
+    sorted(
+        (
+            kind
+            for kind in vars(shelf).values()
+            if isinstance(kind, type)
+            and issubclass(kind, Compressor)
+            and kind is not Compressor
+            and not issubclass(kind, Composition)
+        ),
+        key=lambda kind: kind.control,
+    )
 )
+"""What `mmtoken.compressors` imports: methods, then controls."""
 
 
 COMPOSITIONS: dict[str, type[Compressor]] = {"sequential": Sequential, "schedule": Schedule}

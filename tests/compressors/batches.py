@@ -10,78 +10,22 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mmtoken.compressors import (
-    BUS,
-    DART,
-    TCA,
-    TOVA,
-    TRIPS,
-    CDPruner,
-    Compressor,
-    Context,
-    DivPrune,
-    Downscale,
-    DyCoke,
-    ExpectedAttention,
-    FastV,
-    FlowCut,
-    FlowCutHR,
-    HoloV,
-    KeyDiff,
-    Knorm,
-    PruMerge,
-    PyramidDrop,
-    QueCC,
-    Random,
-    RegionMask,
-    SnapKV,
-    SparseVLM,
-    SparseVLMPlus,
-    TokenCorr,
-    ToMe,
-    TransPrune,
-    UniformGrid,
-    VisionZip,
-    VisPruner,
-    VLAPruner,
-    ZeroTPrune,
-)
+from mmtoken.compressors import BUS, Compressor, Context, FlowCutHR, QueCC, RegionMask, TokenCorr
 from mmtoken.compressors.base import CacheEntry, Dims, Rows, States, TextTokens, TowerStates, Transition
+from mmtoken.compressors.registry import names
 from mmtoken.tokens import VisualTokens, pick_rows
 
-SETTINGS: dict[str, Compressor] = {
+_OTHERS: dict[str, Compressor] = {
     "bus": BUS(keep=0.4, heads=1),
-    "cdpruner": CDPruner(keep=0.4),
-    "dart": DART(keep=0.4),
-    "divprune": DivPrune(keep=0.4),
-    "downscale": Downscale(keep=0.4),
-    "dycoke": DyCoke(keep=0.4),
-    "fastv": FastV(keep=0.4),
-    "flowcut": FlowCut(keep=0.4),
     "flowcuthr": FlowCutHR(keep=0.4, spread=1.5),
-    "holov": HoloV(keep=0.4),
-    "prumerge": PruMerge(keep=0.4),
-    "pyramiddrop": PyramidDrop(keep=0.4),
     "quecc": QueCC(keep=0.4, heads=1),
-    "random": Random(keep=0.4),
     "regionmask": RegionMask(),
     "tokencorr": TokenCorr(keep=0.4, tau_s=0.5),
-    "sparsevlm": SparseVLM(keep=0.4),
-    "sparsevlmplus": SparseVLMPlus(keep=0.4),
-    "tca": TCA(keep=0.4),
-    "tome": ToMe(keep=0.4),
-    "transprune": TransPrune(keep=0.4),
-    "trips": TRIPS(keep=0.4),
-    "uniformgrid": UniformGrid(keep=0.4),
-    "visionzip": VisionZip(keep=0.4),
-    "vispruner": VisPruner(keep=0.4),
-    "vlapruner": VLAPruner(keep=0.4),
-    "zerotprune": ZeroTPrune(keep=0.4),
-    "expectedattention": ExpectedAttention(keep=0.4),
-    "keydiff": KeyDiff(keep=0.4),
-    "knorm": Knorm(keep=0.4),
-    "snapkv": SnapKV(keep=0.4),
-    "tova": TOVA(keep=0.4),
+}
+"""Those that need more than a budget to cut, or to fit the width of these tokens."""
+
+SETTINGS: dict[str, Compressor] = {
+    name: _OTHERS[name] if name in _OTHERS else kind(keep=0.4) for name, kind in names().items()
 }
 """Every compressor of the library, with a budget that cuts."""
 
