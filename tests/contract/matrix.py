@@ -52,7 +52,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "pyramiddrop-repo": shelf.PyramidDrop(keep=0.3, layers=(2, 3), variant="repo"),
     "pyramiddrop-renumber": shelf.PyramidDrop(keep=0.25, layers=(1, 3), positions="renumber"),
     "dart": shelf.DART(keep=0.4, visual_pivots=1, text_pivots=2),
-    "dart-official": shelf.DART(keep=5, layer=1, visual_pivots=2, text_pivots=0, budget_rule="official"),
+    "dart-official": shelf.DART(keep=0.3, layer=1, visual_pivots=2, text_pivots=0, budget_rule="official"),
     "dart-renumber": shelf.DART(keep=0.4, layer=3, positions="renumber"),
     "sparsevlm": shelf.SparseVLM(keep=0.4),
     "sparsevlm-count": shelf.SparseVLM(keep=3, layers=(2,), recycle=0.6, members=2),
