@@ -159,8 +159,10 @@ def test_counts_may_depend_on_the_content(family: str, modality: str, mode: str)
 @pytest.mark.parametrize("case", BATCHES)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_decoding_mode_takes_short_inputs(family: str, modality: str, name: str, case: str, mode: str) -> None:
-    model = tiny(family)
-    assert_paths_agree(model, BEFORE_DECODER[name], inputs(model, family, modality, case), **MODES[mode])
+    model, method = tiny(family), BEFORE_DECODER[name]
+    if mode == "no-cache":  # transformers takes gaps in the positions for packed sequences, see compress_inputs
+        method = dataclasses.replace(method, positions="renumber")  # type: ignore[type-var]
+    assert_paths_agree(model, method, inputs(model, family, modality, case), **MODES[mode])
 
 
 @needs_features
