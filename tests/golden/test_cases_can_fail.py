@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from tests.golden import (
-    test_dycoke,
-    test_fastv,
-    test_flowcut,
-    test_kvpress,
-    test_prumerge,
-    test_pyramiddrop,
-    test_quecc,
-    test_sparsevlm,
-    test_tome,
-    test_transprune,
-    test_visionzip,
-    test_vla_pruner,
-)
-from tests.golden.case import HOME, GoldenCase, find_cases
+from tests.golden.case import HOME, METHODS, GoldenCase, find_cases
 
-MODULES = (
-    test_dycoke,
-    test_fastv,
-    test_flowcut,
-    test_kvpress,
-    test_prumerge,
-    test_pyramiddrop,
-    test_quecc,
-    test_sparsevlm,
-    test_tome,
-    test_transprune,
-    test_visionzip,
-    test_vla_pruner,
-)
+MODULES = [importlib.import_module(f"tests.golden.test_{method}") for method in METHODS]
 CHECKS: dict[str, Callable[[GoldenCase], None]] = {module.METHOD: module.check for module in MODULES}
 CASES = [(method, path) for method in CHECKS for path in find_cases(HOME, method)]
 
