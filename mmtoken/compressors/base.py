@@ -18,8 +18,23 @@ Budget = Literal["exact", "at_most", "adaptive"]
 Parity = Literal["official code", "oracle only"]
 Cost = Literal["rows", "pairs"]
 
-SITES = ("prepare", "frames", "vision_layer", "project", "llm_input", "llm_layer", "cache")
+SITES = (
+    "prepare",
+    "frames",
+    "refresh",
+    "vision_layer",
+    "project",
+    "llm_input",
+    "llm_layer",
+    "cache",
+    "retain",
+    "evict",
+    "retrieve",
+)
 """Methods of a compressor that the engine calls, in the order in which a model reaches them."""
+
+STREAM_SITES = ("retain", "evict", "retrieve")
+"""Those that only a stream has: what is held of a frame, which frame leaves, and what comes back for a question."""
 
 Need = Literal[
     "tower_attention",
@@ -145,6 +160,44 @@ class CacheEntry:
     length: Tensor
     scaling: float
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamFrame:
+    """A temporal step of a stream that has just passed the decoder.
+
+    Attributes:
+        number: 0, 1, ... in the stream.
+        time: seconds.
+        embeddings: float[n, D], as they entered the decoder (separators included).
+        keys, values: per decoder layer float[G, n, d]; keys before the rotary embedding.
+        attention: of a layer and a row (negative: from the end), float32[n]: attention that the row paid to each row
+            of the step, mean over heads.
+    """
+
+    number: int
+    time: float
+    embeddings: Tensor
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    attention: Callable[[int, int], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldFrame:
+    """What a stream holds of an earlier step.
+
+    Attributes:
+        number: 0, 1, ... in the stream.
+        time: seconds.
+        rows: decoder positions that are held of it, in every layer.
+        embedding: float[D], the last of its rows as it entered the decoder.
+    """
+
+    number: int
+    time: float
+    rows: int
+    embedding: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,6 +430,20 @@ class Compressor(ABC):
         """Before the tower: frames of one video float[F, ...] in, indices of those to encode int[K] out, ascending."""
         raise NotImplementedError
 
+    def refresh(self, keys: Tensor, reference: Tensor | None, block: int, ctx: Context) -> Tensor | None:
+        """Inside a tower block: which patches of a frame are computed anew, the others taken from the reference frame.
+
+        Args:
+            keys: float[T, C], the frame's key projections in this block, all heads side by side.
+            reference: float[T, C], those of the reference frame; None where there is none yet.
+            block: 0 .. depth - 1.
+            ctx: gives `memory`, which lives as long as the video.
+
+        Returns:
+            int[K]; None: the frame is computed in full and becomes the reference.
+        """
+        raise NotImplementedError
+
     def vision_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
         """Between tower blocks: tokens entering block `layer` (1 .. depth - 1) in, those that enter it out."""
         raise NotImplementedError
@@ -397,6 +464,33 @@ class Compressor(ABC):
 
     def cache(self, entry: CacheEntry, layer: int, ctx: Context) -> Tensor:
         """After a layer's prefill: bool[B, G, n], which entries stay; of each row the same number for every head."""
+        raise NotImplementedError
+
+    # --- sites that only a stream has --------------------------------------------------------------------------------
+
+    def retain(self, frame: StreamFrame, ctx: Context) -> Tensor | Sequence[Tensor]:
+        """After a step has passed the decoder: int[K], which of its rows are held; or one int[K] per layer."""
+        raise NotImplementedError
+
+    def evict(self, held: Sequence[HeldFrame], over: bool, ctx: Context) -> int | None:
+        """Which of the held steps leaves, oldest first in `held`; the newest is its last. None: none does.
+
+        Args:
+            held: at least two steps.
+            over: whether more is held than the stream may hold; None is no answer then.
+            ctx: gives `memory`.
+        """
+        raise NotImplementedError
+
+    def retrieve(self, blocks: Tensor, queries: Tensor, layer: int, ctx: Context) -> Tensor:
+        """Which steps that have left come back for a question in this decoder layer: int[K], ascending.
+
+        Args:
+            blocks: float[S, G, d], mean key of each stored step before the rotary embedding, oldest first.
+            queries: float[H, q, d], of the question's tokens before the rotary embedding.
+            layer: decoder layer.
+            ctx: gives `memory`.
+        """
         raise NotImplementedError
 
     # --- declarations that depend on the settings ------------------------------------------------------------------

@@ -20,13 +20,23 @@ from mmtoken.compressors.base import (
     Compressor,
     Context,
     Dims,
+    HeldFrame,
     Positions,
     Recording,
+    StreamFrame,
 )
 from mmtoken.errors import MMTokenError, UnsupportedError
 from mmtoken.tokens import VisualTokens, check_keep, kept_count
 
 _TOWER = ("vision_layer", "project")
+_SINGLE = {
+    "refresh": "inside tower blocks",
+    "project": "around the projector",
+    "cache": "on the cache",
+    "retain": "on what a stream holds of a frame",
+    "evict": "on which frame of a stream leaves",
+    "retrieve": "on what a stream brings back",
+}
 _BUDGETS: tuple[Budget, ...] = ("exact", "at_most", "adaptive")
 
 
@@ -49,6 +59,8 @@ class Composition(Compressor):
             raise MMTokenError(f"calibrate={self.calibrate!r} is no bool; give true or false.")
         for before, after in itertools.pairwise(chain):
             _check_order(before, after)
+        for before, after in itertools.combinations(chain, 2):
+            _check_room(before, after)
         positions = {part.positions for part in chain if part.sites != {"cache"}} or {"keep"}
         if len(positions) > 1:
             raise MMTokenError(
@@ -93,6 +105,11 @@ class Composition(Compressor):
             left = left[part.frames(clip[left], ctx).to(left.device)]
         return left
 
+    def refresh(self, keys: Tensor, reference: Tensor | None, block: int, ctx: Context) -> Tensor | None:
+        ((number, part),) = self._at("refresh")
+        with self._as_part(ctx, number, None):
+            return part.refresh(keys, reference, block, ctx)
+
     def vision_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
         return self._in_turn(self._at("vision_layer"), tokens, ctx, lambda part, t: part.vision_layer(t, layer, ctx))
 
@@ -114,6 +131,21 @@ class Composition(Compressor):
         ((number, part),) = self._at("cache")
         with self._as_part(ctx, number, None):
             return part.cache(entry, layer, ctx)
+
+    def retain(self, frame: StreamFrame, ctx: Context) -> Tensor | Sequence[Tensor]:
+        ((number, part),) = self._at("retain")
+        with self._as_part(ctx, number, None):
+            return part.retain(frame, ctx)
+
+    def evict(self, held: Sequence[HeldFrame], over: bool, ctx: Context) -> int | None:
+        ((number, part),) = self._at("evict")
+        with self._as_part(ctx, number, None):
+            return part.evict(held, over, ctx)
+
+    def retrieve(self, blocks: Tensor, queries: Tensor, layer: int, ctx: Context) -> Tensor:
+        ((number, part),) = self._at("retrieve")
+        with self._as_part(ctx, number, None):
+            return part.retrieve(blocks, queries, layer, ctx)
 
     def _in_turn(
         self,
@@ -333,9 +365,13 @@ def _check_order(before: Compressor, after: Compressor) -> None:
             f"parts: {_name(after)} acts at {first}, which comes before {last}, where {_name(before)} acts; put "
             f"{_name(after)} first, or leave one out."
         )
-    if first == last and first in ("project", "cache"):
-        place = "around the projector" if first == "project" else "on the cache"
-        raise MMTokenError(f"parts: {_name(before)} and {_name(after)} both act {place}, where there is room for one.")
+
+
+def _check_room(before: Compressor, after: Compressor) -> None:
+    for site in sorted(before.sites & after.sites & set(_SINGLE), key=SITES.index):
+        raise MMTokenError(
+            f"parts: {_name(before)} and {_name(after)} both act {_SINGLE[site]}, where there is room for one."
+        )
 
 
 def _name(part: Compressor) -> str:
