@@ -75,19 +75,20 @@ class TowerSize:
 def build(size: TowerSize, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[SiglipVisionModel, Tensor]:
     """A tower with random weights and a video float[F, 3, S, S] whose frames drift; no global generator is touched."""
     patch = 14
+    pixels_per_side = size.side * patch
     config = SiglipVisionConfig(
         hidden_size=size.width,
         intermediate_size=size.mlp,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
-        image_size=size.side * patch,
+        image_size=pixels_per_side,
         patch_size=patch,
         vision_use_head=False,
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = SiglipVisionModel(config).eval().to(device, dtype)
-        pixels = torch.randn(size.frames, 3, config.image_size, config.image_size)
+        pixels = torch.randn(size.frames, 3, pixels_per_side, pixels_per_side)
     pixels[1:] *= 0.1
     return model, pixels.cumsum(0).to(device, dtype)
 
