@@ -30,7 +30,11 @@ class Tower:
         heads: attention heads.
         packed: whether patches of all images form one sequence [S, D] (Qwen) instead of [tiles, patches, D].
         attention: attribute of a block that holds its attention.
-        queries, keys, values: attributes of the attention that project them; the same name if they are fused.
+        queries, keys, values: attributes of the attention that project them; the same name if they are fused, which
+            means one linear map with the rows of all queries, then all keys, then all values.
+        output: attribute of the attention that projects what it mixed.
+        norms: attributes of a block that hold the norms before attention and MLP.
+        mlp: attribute of a block that holds its MLP.
         mergers: modules that turn a packed sequence into projected tokens.
         window: side of an attention window in projected tokens, None without window attention.
         pooling: the `nn.MultiheadAttention` that pools the output over all patches (SigLIP's head), None without one.
@@ -47,6 +51,9 @@ class Tower:
     queries: str = "q_proj"
     keys: str = "k_proj"
     values: str = "v_proj"
+    output: str = "out_proj"
+    norms: tuple[str, str] = ("layer_norm1", "layer_norm2")
+    mlp: str = "mlp"
     mergers: tuple[nn.Module, ...] = ()
     window: int | None = None
     pooling: nn.Module | None = None

@@ -37,6 +37,8 @@ class QwenVL(Backbone):
             queries="qkv",
             keys="qkv",
             values="qkv",
+            output="proj",
+            norms=("norm1", "norm2"),
             mergers=(visual.merger, *(visual.deepstack_merger_list if _has_deepstack(self.model) else ())),
             window=window,
         )

@@ -26,6 +26,7 @@ from mmtoken.compressors.regionmask import RegionMask as RegionMask
 from mmtoken.compressors.snapkv import SnapKV as SnapKV
 from mmtoken.compressors.sparsevlm import SparseVLM as SparseVLM
 from mmtoken.compressors.sparsevlm import SparseVLMPlus as SparseVLMPlus
+from mmtoken.compressors.stccacher import STCCacher as STCCacher
 from mmtoken.compressors.tca import TCA as TCA
 from mmtoken.compressors.tokencorr import TokenCorr as TokenCorr
 from mmtoken.compressors.tome import ToMe as ToMe

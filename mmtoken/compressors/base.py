@@ -430,17 +430,21 @@ class Compressor(ABC):
         """Before the tower: frames of one video float[F, ...] in, indices of those to encode int[K] out, ascending."""
         raise NotImplementedError
 
-    def refresh(self, keys: Tensor, reference: Tensor | None, block: int, ctx: Context) -> Tensor | None:
-        """Inside a tower block: which patches of a frame are computed anew, the others taken from the reference frame.
+    def refresh(self, keys: Tensor, reference: Tensor, block: int, ctx: Context) -> Tensor:
+        """Inside a tower block: which patches of a frame are computed anew, the others taken from its reference frame.
+
+        Frames are handed in side by side (F of them, of one or several videos), and each must get what it would get
+        alone. `references` says which frames come here at all, `refresh_count` how many patches of each are computed.
 
         Args:
-            keys: float[T, C], the frame's key projections in this block, all heads side by side.
-            reference: float[T, C], those of the reference frame; None where there is none yet.
-            block: 0 .. depth - 1.
-            ctx: gives `memory`, which lives as long as the video.
+            keys: float[F, T, C], the frames' key projections in this block, all heads side by side, before any rotary
+                embedding. CLS and registers count as patches.
+            reference: float[F, T, C], those of the reference frame of each.
+            block: 0, 1, ... of all blocks of the tower; a call starts at 0.
+            ctx: gives `memory`, which lives as long as these frames are in the tower.
 
         Returns:
-            int[K]; None: the frame is computed in full and becomes the reference.
+            int[F, K], K = `refresh_count(T)`, without repetitions.
         """
         raise NotImplementedError
 
@@ -521,6 +525,17 @@ class Compressor(ABC):
     def vision_keep(self) -> int | float:
         """Budget of what `vision_layer` leaves for `project`, where the projector joins patches."""
         return 1.0
+
+    def references(self, number: int) -> bool:
+        """Whether frame `number` of a video (0, 1, ...) is computed in full and is the reference of those after it.
+
+        A frame before which there is none, or only one of another size, is one in any case.
+        """
+        return True
+
+    def refresh_count(self, patches: int) -> int:
+        """How many patches of a frame of `patches` patches `refresh` chooses; all of them: it is never asked."""
+        return patches
 
     def calibrates(self) -> bool:
         """Whether merged tokens get log(size) on their attention scores in every decoder layer."""

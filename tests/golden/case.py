@@ -28,6 +28,7 @@ METHODS = (
     "pyramiddrop",
     "quecc",
     "sparsevlm",
+    "stc_cacher",
     "tome",
     "transprune",
     "visionzip",
@@ -39,6 +40,7 @@ FOLDER = Path(os.environ.get("MMTOKEN_GOLDEN", HOME)).resolve()
 EXPECTED = ("expected.", "paper_abs.")
 OUTPUTS: dict[str, frozenset[str]] = {
     "quecc": frozenset({"output", "grad_features", "grad_multi_level", "grad_text"}),
+    "stc_cacher": frozenset({"hidden_out", "layer_out", "update_indices", "key_cosine", "is_reference_frame"}),
 }
 """Expected values of methods whose files name them without a prefix."""
 
