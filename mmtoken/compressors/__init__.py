@@ -22,6 +22,7 @@ from mmtoken.compressors.knorm import Knorm as Knorm
 from mmtoken.compressors.prumerge import PruMerge as PruMerge
 from mmtoken.compressors.pyramiddrop import PyramidDrop as PyramidDrop
 from mmtoken.compressors.quecc import QueCC as QueCC
+from mmtoken.compressors.quota import QuoTA as QuoTA
 from mmtoken.compressors.regionmask import RegionMask as RegionMask
 from mmtoken.compressors.snapkv import SnapKV as SnapKV
 from mmtoken.compressors.sparsevlm import SparseVLM as SparseVLM

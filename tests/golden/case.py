@@ -27,6 +27,7 @@ METHODS = (
     "prumerge",
     "pyramiddrop",
     "quecc",
+    "quota",
     "sparsevlm",
     "stc_cacher",
     "tome",
@@ -41,6 +42,22 @@ EXPECTED = ("expected.", "paper_abs.")
 OUTPUTS: dict[str, frozenset[str]] = {
     "quecc": frozenset({"output", "grad_features", "grad_multi_level", "grad_text"}),
     "stc_cacher": frozenset({"hidden_out", "layer_out", "update_indices", "key_cosine", "is_reference_frame"}),
+    "quota": frozenset(
+        {
+            "sampled_frame_index",
+            "sampled_frame_count",
+            "emphasised_weight",
+            "capped_weight",
+            "tokens_uncapped",
+            "tokens_capped",
+            "linspace_index",
+        }
+    )
+    | {
+        f"{assigner}_{part}"
+        for assigner in ("bilinear", "adaptive_pool", "linspace", "merge", "merge_rows_cols")
+        for part in ("tokens", "shape_per_frame", "frame_id", "sequence_with_newline")
+    },
 }
 """Expected values of methods whose files name them without a prefix."""
 
