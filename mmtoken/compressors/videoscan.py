@@ -132,7 +132,7 @@ class VideoScan(Compressor):
             places, block = blocks[-1]
             if self.without != "embedding":
                 end["features"][row, 0] = self._carrier(tokens, row, places, block)
-            end["source"][row] = tokens.source[row].max() + 1
+            end["source"][row] = tokens.source[row][tokens.valid[row]].max() + 1
             end["size"][row] = tokens.size[row, places].sum()
             end["item"][row] = tokens.item[row, places[-1]]
             end["valid"][row] = True
