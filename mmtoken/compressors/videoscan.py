@@ -34,10 +34,11 @@ class VideoScan(Compressor):
     In `generate()` no token may be added, so a frame's last place holds its carrier and nothing else is left of it:
     the form in which the first training stage shows frames to the language model. Images are videos of one frame.
 
-    Without the authors' fine-tuning (two stages of LoRA; no weights are published) a decoder has never seen such
-    tokens; `mmtoken.training.videoscan` has both stages.
+    Without fine-tuning a decoder has never seen such tokens, and the authors' weights are not published: both stages of
+    their training are in `mmtoken.models.tiny_llava_video.videoscan`.
 
-    `keep` is 1, a carrier per frame, or 1.0, the plain model; there is nothing in between.
+    `keep` is 1, a carrier per frame, or 1.0, the plain model; there is nothing in between. Carriers follow each other
+    without gaps (positions="renumber"), as in training.
 
     Differs from the official code: evicts with `extra_kv`, too, and before a question as at any other time; a
     stream's text after the video is not fed with every frame (by causality it cannot matter).
@@ -54,7 +55,7 @@ class VideoScan(Compressor):
     """
 
     keep: int | float = 1
-    positions: Positions = "keep"
+    positions: Positions = "renumber"
     bank: int | None = 64
     extra_kv: int = 0
     kv_select_layer: int | None = None

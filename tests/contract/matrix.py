@@ -109,7 +109,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "vispruner-renumber": shelf.VisPruner(keep=0.4, positions="renumber"),
     "videoscan": shelf.VideoScan(),
     "videoscan-visual": shelf.VideoScan(carrier="visual"),
-    "videoscan-renumber": shelf.VideoScan(positions="renumber"),
+    "videoscan-keep": shelf.VideoScan(positions="keep"),
     "snapkv": shelf.SnapKV(keep=0.4, window=4, kernel=3),
     "snapkv-count": shelf.SnapKV(keep=3, window=2, kernel=5, pooling="max"),
     "knorm": shelf.Knorm(keep=0.4),
