@@ -35,6 +35,7 @@ from mmtoken.compressors.tova import TOVA as TOVA
 from mmtoken.compressors.trained import Trained as Trained
 from mmtoken.compressors.transprune import TransPrune as TransPrune
 from mmtoken.compressors.trips import TRIPS as TRIPS
+from mmtoken.compressors.videoscan import VideoScan as VideoScan
 from mmtoken.compressors.visionzip import VisionZip as VisionZip
 from mmtoken.compressors.vispruner import VisPruner as VisPruner
 from mmtoken.compressors.vlapruner import VLAPruner as VLAPruner

@@ -265,6 +265,9 @@ class Context:
     """Per item, whether it is, or belongs to, a picture that is cut into crops: `tokens.item` then numbers them, 0 is
     the thumbnail. None where pictures are not cut."""
 
+    streaming: bool = False
+    """Whether the tokens are one step of a stream: `llm_input` may then append tokens behind those that came."""
+
     scores: Tensor | None = None
     """float[B, N]: the attention that the method read last, for the report; None if it read none."""
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mmtoken.compressors import BUS, Compressor, Context, FlowCutHR, QueCC, QuoTA, RegionMask, TokenCorr
+from mmtoken.compressors import BUS, Compressor, Context, FlowCutHR, QueCC, RegionMask, TokenCorr, VideoScan
 from mmtoken.compressors.base import CacheEntry, Dims, Rows, States, TextTokens, TowerStates, Transition
 from mmtoken.compressors.registry import names
 from mmtoken.tokens import VisualTokens, pick_rows
@@ -22,6 +23,7 @@ _OTHERS: dict[str, Compressor] = {
     "quota": QuoTA(keep=0.4, scorer="random"),
     "regionmask": RegionMask(),
     "tokencorr": TokenCorr(keep=0.4, tau_s=0.5),
+    "videoscan": VideoScan(),
 }
 """Those that need more than a budget to cut, or to fit the width of these tokens."""
 
