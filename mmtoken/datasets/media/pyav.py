@@ -206,7 +206,7 @@ class Video:
         if stream.duration is not None:
             announced = ((stream.start_time or 0) + stream.duration) * float(stream.time_base)
         elif self._container.duration is not None:
-            announced = ((self._container.start_time or 0) + self._container.duration) / av.time_base
+            announced = self._container.duration / av.time_base  # Matroska's duration counts from 0
         else:
             return
         if announced - last > 0.5 + 0.02 * announced:
