@@ -70,7 +70,7 @@ class Letters:
     def __init__(self, template: str | None = None) -> None:
         self.chat_template = template
 
-    def __call__(self, text: str, return_tensors: str, add_special_tokens: bool) -> "Batch":
+    def __call__(self, text: str, return_tensors: str, add_special_tokens: bool) -> Batch:
         self.special = add_special_tokens
         return Batch(input_ids=torch.tensor([[ord(c) for c in text]]))
 
@@ -84,7 +84,7 @@ class Letters:
 
 
 class Batch(dict):
-    def to(self, device: object) -> "Batch":
+    def to(self, device: object) -> Batch:
         return self
 
 
