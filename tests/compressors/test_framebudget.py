@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -105,7 +106,7 @@ def test_bilinear_reads_at_half_pixel_centres():
     assert torch.allclose(down, across)
 
 
-# ------------------------------------------------------------------------------------------------------------ properties
+# ----------------------------------------------------------------------------------------------------------- properties
 
 
 score_lists = st.lists(st.floats(0, 1), min_size=1, max_size=20)
@@ -246,7 +247,7 @@ def plain_merge(rows: list[Tensor], tokens: int) -> tuple[list[Tensor], float]:
             best.append((max(found), found.index(max(found))))
         order = sorted(range(len(even)), key=lambda i: -best[i][0])
         values = [best[i][0] for i in order]
-        gap = min([gap, *(a - b for a, b in zip(values, values[1:], strict=False))])
+        gap = min([gap, *(a - b for a, b in itertools.pairwise(values))])
         groups = [[b] for b in odd]
         for i in order[:merging]:
             groups[best[i][1]].append(even[i])
