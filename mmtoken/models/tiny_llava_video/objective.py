@@ -87,9 +87,7 @@ class TinyLlavaVideo(Objective):
         return pooled.reshape(len(batch.frames), -1, pooled.shape[-1])
 
     def forward(self, batch: ClipBatch, *, objects: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Logits float[answer tokens, vocabulary] at the labelled positions; with `objects`, hidden states float[B, V,
-        D] of the visual tokens, too.
-        """
+        """Logits float[B, S, vocabulary]; with `objects`, hidden states float[B, V, D] of the visual tokens, too."""
         inner = self.network.model
         embed = self.network.get_input_embeddings()
         visual = self.visual(batch)
@@ -109,24 +107,24 @@ class TinyLlavaVideo(Objective):
             output_hidden_states=objects,
         )
         prefix = 1 + visual.shape[1]
-        logits: Tensor = self.network.lm_head(out.last_hidden_state[:, prefix:][batch.labels >= 0])
+        logits: Tensor = self.network.lm_head(out.last_hidden_state[:, prefix:])
         return logits.float(), out.hidden_states[self.object_layer][:, 1:prefix] if objects else None
 
     def answer_logits(self, batch: ClipBatch) -> Tensor:
         """Logits float[answer tokens, vocabulary] at the labelled positions."""
-        logits: Tensor = self(batch)[0]
+        logits: Tensor = self(batch)[0][batch.labels >= 0]
         return logits
 
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Every term of the loss, weighted; their sum is what is minimised."""
         logits, hidden = self(batch, objects=self.object_weight > 0)
-        terms = {"answers": F.cross_entropy(logits, batch.labels[batch.labels >= 0].long())}
+        # Everywhere, and then ignored: to pick positions out would make the host wait for the device.
+        terms = {"answers": F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten().long())}
         if hidden is None:
             return terms
-        there = batch.kept & (batch.objects[..., 0] >= 0)
-        labels = batch.objects[there].long()
-        for name, read, label in zip(OBJECT_TERMS, self.heads(hidden[there]), labels.unbind(-1), strict=True):
-            loss = F.cross_entropy(read.float(), label, ignore_index=-1, reduction="sum")
+        for name, read, label in zip(OBJECT_TERMS, self.heads(hidden), batch.objects.unbind(-1), strict=True):
+            label = torch.where(batch.kept, label, -1).flatten().long()
+            loss = F.cross_entropy(read.float().flatten(0, 1), label, ignore_index=-1, reduction="sum")
             terms[name] = self.object_weight * loss / (label >= 0).sum().clamp(min=1)
         return terms
 

@@ -40,11 +40,11 @@ _LOOK_AHEAD = 3
 class Drawn:
     """Batches in the order of their steps, drawn by `workers` processes.
 
-    Worker w draws the steps w, w + workers, ... into slots of memory that it shares with this process, so frames are
+    Worker w draws the steps first + w, first + w + workers, ... into slots of memory that it shares with this process, so frames are
     written once and never sent. Start it before the GPU is used: the workers are forked.
     """
 
-    def __init__(self, batches: ClipBatches, gaps: Gaps, seed: int, workers: int) -> None:
+    def __init__(self, batches: ClipBatches, gaps: Gaps, seed: int, workers: int, first: int = 0) -> None:
         context = multiprocessing.get_context("fork")
         self._slots: list[list[mmap.mmap]] = []
         self._pipes: list[Connection] = []
@@ -52,7 +52,9 @@ class Drawn:
         for w in range(workers):
             slots = [mmap.mmap(-1, batches.frames * _FRAME) for _ in range(_LOOK_AHEAD)]
             here, there = context.Pipe()
-            process = context.Process(target=_draw, args=(batches, gaps, seed, w, workers, slots, there), daemon=True)
+            process = context.Process(
+                target=_draw, args=(batches, gaps, seed, first + w, workers, slots, there), daemon=True
+            )
             process.start()
             there.close()
             self._slots.append(slots)
@@ -78,13 +80,13 @@ class Drawn:
 
 
 def _draw(
-    batches: ClipBatches, gaps: Gaps, seed: int, worker: int, workers: int, slots: list[mmap.mmap], pipe: Connection
+    batches: ClipBatches, gaps: Gaps, seed: int, first: int, workers: int, slots: list[mmap.mmap], pipe: Connection
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     turn = 0
     while True:
-        step = worker + turn * workers
+        step = first + turn * workers
         batch = pack_clips(batches[step], gaps, np.random.default_rng((seed, step, 2)))
         parts = [value.numpy() for value in vars(batch).values()]
         if turn >= _LOOK_AHEAD:  # the slot is free again when its batch has been used
@@ -146,11 +148,14 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     gaps = Gaps()
+    before = torch.load(options.start_from, map_location="cpu", weights_only=True) if options.start_from else None
+    first = before["global_step"] if before else 0
     drawn = Drawn(
         ClipBatches(split_seed(options.seed, "train"), options.frames, options.questions),
         gaps,
         options.seed,
         options.workers,
+        first,
     )
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bfloat16 = device.type == "cuda" and not options.float32
@@ -163,6 +168,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         attention=options.attention,
         seed=options.seed,
     ).to(device)
+    if before:
+        model.load_state_dict(before["state_dict"])
     model.train()
     optimizer = model.optimizer()
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -173,7 +180,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     def check(step: int, loss: list[float]) -> None:
         seconds = time.monotonic() - begin
         found = accuracy(model, checks, device, bfloat16)
-        row = {"step": step, "seconds": round(seconds, 1), "loss": loss, "accuracy": found}
+        row = {"step": first + step, "seconds": round(seconds, 1), "loss": loss, "accuracy": found}
         row["accuracy_48_frames"] = accuracy(model, far, device, bfloat16)
         report["checks"].append(row)
         with whole_file(out / "metrics.json") as file:
@@ -211,13 +218,13 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             if ended or now - last >= options.check_seconds:
                 if not ended:
                     check(step, smooth)
-                    save(model, step, out / "last.ckpt")
+                    save(model, first + step, out / "last.ckpt")
                 last = time.monotonic()
             if ended:
                 break
     finally:
         drawn.close()
-    save(model, step, out / "last.ckpt")
+    save(model, first + step, out / "last.ckpt")
     check(step, smooth)
     return report
 
@@ -228,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=7.0, help="wall time of the training steps")
     parser.add_argument("--steps", type=int, default=None, help="end earlier, after so many steps")
     parser.add_argument("--out", required=True, help="folder of metrics.json and last.ckpt")
+    parser.add_argument("--start-from", default=None, help="a last.ckpt whose weights to go on with, on further clips")
     parser.add_argument("--frames", type=int, default=2048, help="frames per step")
     parser.add_argument("--questions", type=int, default=10, help="questions per clip")
     parser.add_argument("--workers", type=int, default=5, help="processes that draw clips")
