@@ -40,8 +40,8 @@ _LOOK_AHEAD = 3
 class Drawn:
     """Batches in the order of their steps, drawn by `workers` processes.
 
-    Worker w draws the steps first + w, first + w + workers, ... into slots of memory that it shares with this process, so frames are
-    written once and never sent. Start it before the GPU is used: the workers are forked.
+    Worker w draws the steps first + w, first + w + workers, ... into slots of memory that it shares with this process,
+    so frames are written once and never sent. Start it before the GPU is used: the workers are forked.
     """
 
     def __init__(self, batches: ClipBatches, gaps: Gaps, seed: int, workers: int, first: int = 0) -> None:
