@@ -22,7 +22,7 @@ from mmtoken import compressors as shelf
 from mmtoken.compressors import Compressor, Trained
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, build, inputs
+from tests.backbones.tiny_models import CELLS, ONEVISION, build, inputs
 from tests.contract import reference
 
 Cell = tuple[str, str]
@@ -160,6 +160,9 @@ COMPRESSORS: dict[str, Compressor] = {
 ANCHOR_COMPRESSORS = ("divprune", "fastv", "pyramiddrop")
 ANCHOR_CELLS: tuple[Cell, ...] = (("llava", "image"), ("qwen3_vl", "image"), ("smolvlm", "image"))
 
+TILED: tuple[Cell, ...] = tuple((family, "image") for family in ONEVISION)
+"""Where an image may be several grids in one item."""
+
 DYNAMIC = ("qwen2_5_vl", "qwen3_vl")
 """Families whose number of visual tokens follows the size of the image."""
 
@@ -178,7 +181,7 @@ def refused(name: str, cell: Cell) -> str | None:
 def refused_when_called(name: str, cell: Cell) -> str | None:
     """Why a pair that can be attached (its family reads other inputs, too) refuses this kind of input."""
     method = COMPRESSORS[name]
-    if isinstance(method, shelf.RegionMask) and method.site == "llm_input" and cell == ("llava_onevision", "image"):
+    if isinstance(method, shelf.RegionMask) and method.site == "llm_input" and cell in TILED:
         return "do not fill one grid"
     return None
 
