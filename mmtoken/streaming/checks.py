@@ -16,7 +16,7 @@ from mmtoken.streaming.memory import StreamPositions
 _REFUSED = {
     "frames": "it leaves whole frames out of a video that it sees as a whole, and a stream hands it one step at a time",
     "llm_layer": "it cuts between decoder layers of a prompt that ends with the question, and steps come without one",
-    "cache": "it thins the cache of a prompt out once, and a stream's memory grows and shrinks with every step; use the "
+    "cache": "it thins the cache of a prompt out once, and a stream holds and drops rows with every step; use the "
     "sites retain and evict",
 }
 
