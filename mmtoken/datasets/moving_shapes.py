@@ -264,9 +264,7 @@ def _story(rng: np.random.Generator, length: int, active: int | None) -> _Story:
     )
 
 
-def _camera(
-    rng: np.random.Generator, length: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+def _camera(rng: np.random.Generator, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
     """Top left corner of the picture in the scene int[T, 2], number of the scene int[T], whether it pans bool[T]."""
     offsets = np.zeros((length, 2), dtype=np.int64)
     scene = np.zeros(length, dtype=np.int64)

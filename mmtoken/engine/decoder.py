@@ -230,11 +230,12 @@ class DecoderHooks:
         merged = self.compressor.merges and bool(self.compressor.sites & {"llm_input", "project"})
         return call.write(tokens, call.embeds) if merged else call.embeds, keep
 
-    def _before_decoder(self, call: Prefill) -> VisualTokens:
+    def _before_decoder(self, call: Prefill, *, streaming: bool = False) -> VisualTokens:
         """What the compressor lets into the decoder."""
         tokens = self._select_encoded(call)
         if "llm_input" in self.compressor.sites:
             context = self._context(call, call.embeds)
+            context.streaming = streaming
             tokens = self.session.run_site(
                 "llm_input", None, tokens, context, lambda t: self.compressor.llm_input(t, context)
             )
@@ -268,7 +269,7 @@ class DecoderHooks:
             memory=memory,
         )
         before = call.tokens
-        tokens = self._before_decoder(call)
+        tokens = self._before_decoder(call, streaming=True)
         self.session.take_report()
         return before, tokens
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mmtoken.compressors.base import Compressor
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
-from mmtoken.streaming.memory import StreamPositions
 
 _REFUSED = {
     "frames": "it leaves whole frames out of a video that it sees as a whole, and a stream hands it one step at a time",
@@ -73,7 +72,7 @@ def check_time(t: Any, before: float | None) -> float:
     return float(t)
 
 
-def check_streams(method: Compressor, positions: StreamPositions) -> None:
+def check_streams(method: Compressor) -> None:
     """Do nothing if a compressor can work in a stream.
 
     Raises:
@@ -91,11 +90,6 @@ def check_streams(method: Compressor, positions: StreamPositions) -> None:
             )
         for site in sorted(part.sites & set(_REFUSED)):
             raise UnsupportedError(f"{name} acts at {site}: {_REFUSED[site]}.")
-        if part.positions == "renumber" and positions != "contiguous":
-            raise UnsupportedError(
-                f"{name} has positions='renumber', which closes gaps, and the stream has positions={positions!r}, "
-                "which keeps them; use positions='contiguous' in the stream."
-            )
     if method.calibrates():
         raise UnsupportedError(f"{type(method).__name__} weighs merged tokens (calibrate=True), which streams do not.")
 

@@ -57,6 +57,7 @@ class Framing(ABC):
         model: a transformers VLM.
         processor: its processor.
         backbone: its adapter.
+        closed: whether a step's rows close the gaps of tokens that did not enter (positions="renumber").
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -67,8 +68,8 @@ class Framing(ABC):
     tail: ClassVar[int] = 0
     """Tokens at the end of a video that belong to no step: they come before the question instead."""
 
-    def __init__(self, model: Any, processor: Any, backbone: Backbone) -> None:
-        self.model, self.processor, self.backbone = model, processor, backbone
+    def __init__(self, model: Any, processor: Any, backbone: Backbone, *, closed: bool = False) -> None:
+        self.model, self.processor, self.backbone, self.closed = model, processor, backbone, closed
         self.prompt = StreamPrompt(processor)
         if getattr(processor, "video_processor", None) is None:
             raise UnsupportedError(
@@ -195,6 +196,8 @@ class LlavaOneVisionFraming(Framing):
         first: float,
         deepstack: list[Tensor],
     ) -> Rows:
+        if self.closed:
+            return self.text(features)
         added = len(features) - len(source)
         relative = torch.cat([source[None], self.count(total, added)], 1)
         return Rows(features, relative, total + added, (total + added,))
@@ -210,9 +213,16 @@ class _Grid(Framing):
     frames: ClassVar[int] = 2
     axes: ClassVar[int] = 3
 
-    def grid(self, source: Tensor, side: tuple[int, int], start: int) -> Tensor:
-        """int[3, s]: places on the grid, from `start` on."""
-        return torch.stack([torch.zeros_like(source), source // side[1], source % side[1]]) + start
+    def grid(self, source: Tensor, side: tuple[int, int], start: int) -> tuple[Tensor, int]:
+        """(int[3, s] places on the grid, from `start` on; where what follows starts).
+
+        The box around the places, with `closed`: it moves to the start, and what follows is behind its longest side.
+        """
+        places = torch.stack([torch.zeros_like(source), source // side[1], source % side[1]])
+        if not self.closed or not len(source):
+            return places + start, start + max(side)
+        places = places - places.amin(1, keepdim=True)
+        return places + start, start + int(places.max()) + 1
 
 
 class Qwen25VLFraming(_Grid):
@@ -230,8 +240,9 @@ class Qwen25VLFraming(_Grid):
         first: float,
         deepstack: list[Tensor],
     ) -> Rows:
-        added, extent = len(features) - len(source), max(side)
-        relative = torch.cat([self.grid(source, side, 0), self.count(extent, added)], 1)
+        added = len(features) - len(source)
+        grid, extent = self.grid(source, side, 0)
+        relative = torch.cat([grid, self.count(extent, added)], 1)
         # Times that are sums of fractions miss whole numbers by a little.
         stamp = math.floor((times[0] - first) * self.model.config.vision_config.tokens_per_second + 1e-4)
         return Rows(features, relative, extent + added, (0, 0, 0), stamp)
@@ -257,11 +268,9 @@ class Qwen3VLFraming(_Grid):
         before = self.embed([*self.prompt.ids(f"<{middle:.1f} seconds>"), processor.vision_start_token_id])
         after = self.embed([processor.vision_end_token_id])
         start = len(before)
-        behind = start + max(side)
+        grid, behind = self.grid(source, side, start)
         extent = behind + len(after) + len(features) - own
-        relative = torch.cat(
-            [self.count(0, start), self.grid(source, side, start), self.count(behind, extent - behind)], 1
-        )
+        relative = torch.cat([self.count(0, start), grid, self.count(behind, extent - behind)], 1)
         rows = torch.cat([before, features[:own].to(before.dtype), after, features[own:].to(before.dtype)])
         visual = torch.arange(start, start + own, device=rows.device)
         return Rows(rows, relative, extent, (extent,) * 3, visual=visual, deepstack=deepstack)
@@ -270,8 +279,8 @@ class Qwen3VLFraming(_Grid):
 FRAMINGS: tuple[type[Framing], ...] = (LlavaOneVisionFraming, Qwen25VLFraming, Qwen3VLFraming)
 
 
-def framing_of(model: Any, processor: Any, backbone: Backbone) -> Framing:
-    """The framing that serves a model.
+def framing_of(model: Any, processor: Any, backbone: Backbone, *, closed: bool = False) -> Framing:
+    """The framing that serves a model; `closed` as in `Framing`.
 
     Raises:
         UnsupportedError: there is none.
@@ -279,6 +288,6 @@ def framing_of(model: Any, processor: Any, backbone: Backbone) -> Framing:
     kind = model.config.model_type
     for framing in FRAMINGS:
         if kind in framing.model_types:
-            return framing(model, processor, backbone)
+            return framing(model, processor, backbone, closed=closed)
     known = ", ".join(name for framing in FRAMINGS for name in framing.model_types)
     raise UnsupportedError(f"model_type={kind!r} has no streams; those that have: {known}.")

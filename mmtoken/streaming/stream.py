@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, get_args
 
@@ -23,6 +23,7 @@ from mmtoken.compressors.base import Compressor, Context, StreamFrame, check_who
 from mmtoken.compressors.registry import resolve
 from mmtoken.compressors.trained import Trained, settings_of
 from mmtoken.engine import attention
+from mmtoken.engine.reuse import VideoState
 from mmtoken.engine.session import Session, attached
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
 from mmtoken.streaming.checks import check_ascending, check_frame, check_streams, check_time
@@ -48,6 +49,8 @@ _ENCODER_SITES = {"refresh", "vision_layer", "project", "llm_input"}
 
 class StreamContext(Context):
     """The context of the sites retain, evict and retrieve."""
+
+    streaming = True
 
     def __init__(self, depth: int, memory: dict[str, Any], learned: Any) -> None:
         self.depth = depth
@@ -88,10 +91,11 @@ class Stream(AbstractContextManager["Stream"]):
         self.sites: frozenset[str] = frozenset() if self.compressor is None else self.compressor.sites
         backbone = adapt(model)
         if self.compressor is not None:
-            check_streams(self.compressor, positions)
+            check_streams(self.compressor)
         if attached(model) is not None:
             raise MMTokenError("model already has a compressor attached; detach it, and hand it to the stream instead.")
-        self._framing: Framing = framing_of(model, processor, backbone)
+        closed = self.compressor is not None and self.compressor.positions == "renumber"
+        self._framing: Framing = framing_of(model, processor, backbone, closed=closed)
         self._learned = compressor.module if isinstance(compressor, Trained) else None
         self._given_limit, self._given_store = memory_tokens, store_tokens
         self.clock: Callable[[], float] = time.perf_counter
@@ -113,6 +117,7 @@ class Stream(AbstractContextManager["Stream"]):
         """Forget every frame: another stream begins."""
         self._memory.clear()
         self._remembered: dict[str, Any] = {}
+        self._video = VideoState()
         self._store: Store | None = None
         self._pending: list[tuple[Tensor, float]] = []
         self._shape: tuple[int, ...] | None = None
@@ -222,16 +227,19 @@ class Stream(AbstractContextManager["Stream"]):
     def _watch(self, frames: Sequence[tuple[Tensor, float]], first: float) -> None:
         """Let a step pass the decoder and hold what is retained of it."""
         memory = self._memory
-        step = self._step(frames, first, self._remembered)
+        video = self._video.copy()
+        step = self._step(frames, first, self._remembered, video)
         limit = memory.limit
         if limit is None:
             limit = FIRST_STEPS * step.length if self._given_limit is None else self._given_limit
         if step.length > limit:
+            if not memory.steps:
+                self._remembered = {}
             raise InputError(
                 f"memory_tokens={limit} is less than the {step.length} positions that a single step holds; give at "
                 f"least {step.length} (by default {FIRST_STEPS} times what the first step holds), or a smaller keep."
             )
-        memory.limit = limit
+        memory.limit, self._video = limit, video
         left = memory.hold(step, lambda steps: self._leave(steps, limit))
         if "retrieve" in self.sites:
             if self._store is None:
@@ -239,12 +247,15 @@ class Stream(AbstractContextManager["Stream"]):
             for one in left:
                 self._store.add(one)
 
-    def _step(self, frames: Sequence[tuple[Tensor, float]], first: float, remembered: dict[str, Any]) -> Step:
-        """What would be held of a step that comes now; changes nothing but `remembered`."""
+    def _step(
+        self, frames: Sequence[tuple[Tensor, float]], first: float, remembered: dict[str, Any], video: VideoState
+    ) -> Step:
+        """What would be held of a step that comes now; changes nothing but `remembered` and `video`."""
         memory = self._memory
         images, times = self._prepared([image for image, _ in frames]), [seconds for _, seconds in frames]
         call = self._framing.pixels(images)
-        rows = self._framing.encode(call, times, first, functools.partial(self._choose, remembered))
+        with nullcontext() if self._session is None else self._session.continuing(video):
+            rows = self._framing.encode(call, times, first, functools.partial(self._choose, remembered))
         sequence = memory.everything()
         ran = self._passes.run(rows, self._view(sequence, rows), LayerCache(), queries="retain" in self.sites)
         places = self._retained(rows, ran, sequence, times[0], remembered)
@@ -453,7 +464,8 @@ class Stream(AbstractContextManager["Stream"]):
     def _half_step(self) -> Step:
         """The frame that waits, as a step with its copy; what compressors remember stays as it is."""
         frame = self._pending[0]
-        return self._step([frame] * self._framing.frames, self._first, copy.deepcopy(self._remembered))
+        remembered, video = copy.deepcopy(self._remembered), self._video.copy()
+        return self._step([frame] * self._framing.frames, self._first, remembered, video)
 
     def _sequence(self, window: list[Step], words: slice) -> Sequence[Step] | Callable[[int, Tensor], Sequence[Step]]:
         """What a question sees: the text before the video, what is brought back, and the held steps."""
