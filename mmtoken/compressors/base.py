@@ -49,6 +49,8 @@ Need = Literal[
     "prompt",
     "history",
     "content_seed",
+    "unpooled",
+    "pixels",
 ]
 """What a method reads besides the tokens, named as the `Context` methods that give it.
 
@@ -56,7 +58,7 @@ Attention that patches receive in the tower, and tower keys; queries, keys and v
 run; outputs of several tower blocks; attention of prompt tokens in a decoder layer, and in the layer about to run;
 queries, keys and values of a decoder layer; how a decoder layer changes its tokens; the prompt's text tokens (at the
 decoder), and its text before anything is encoded; attention of generated tokens in earlier calls; a seed made from the
-pixels.
+pixels; patches of a video before the model pools them; a video's frames as pictures.
 """
 
 Rows = Literal["last", "after", "text", "all"] | Tensor
@@ -263,8 +265,14 @@ class Context:
     """Per item, whether it is, or belongs to, a picture that is cut into crops: `tokens.item` then numbers them, 0 is
     the thumbnail. None where pictures are not cut."""
 
+    streaming: bool = False
+    """Whether the tokens are one step of a stream: `llm_input` may then append tokens behind those that came."""
+
     scores: Tensor | None = None
     """float[B, N]: the attention that the method read last, for the report; None if it read none."""
+
+    timings: dict[str, float] | None = None
+    """Seconds of parts of its work that the method wants to see in the report, by name; part of the call's seconds."""
 
     learned: Any = None
     """The module that `Compressor.build` made, with its trained weights; None for methods without learned parts."""
@@ -275,6 +283,15 @@ class Context:
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         """An integer per item from the exact bits of its pixels: equal for the same image in any batch or beam."""
         raise self._missing("content_seed")
+
+    def pixels(self, tokens: VisualTokens) -> list[Tensor | None]:
+        """Per item uint8[F, H, W, 3]: the frames of a video as the model is shown them (of each temporal grid step the
+        first one); None for images.
+
+        Un-normalised with the mean and deviation that the family's processors use, so a processor with others gives
+        other colours.
+        """
+        raise self._missing("pixels")
 
     # --- the tower --------------------------------------------------------------------------------------------------
 
@@ -317,9 +334,23 @@ class Context:
         """float[B, D_llm]: the decoder's last hidden state at the last text token, from a pass over the text alone."""
         raise self._missing("question_state")
 
+    def prompt_ids(self, tokens: VisualTokens) -> list[Tensor]:
+        """Per item int[T]: the token ids of the text of its prompt row, chat template included, in order."""
+        raise self._missing("prompt_ids")
+
     def to_llm(self, tokens: VisualTokens) -> Tensor:
         """float[B, N, D_llm]: patch features as the model's own projector maps them, where it maps patch by patch."""
         raise self._missing("to_llm")
+
+    # --- before the model pools -------------------------------------------------------------------------------------
+
+    def unpooled(self, tokens: VisualTokens) -> list[Tensor | None]:
+        """Per item float[F, h, w, D]: its projected patches before the model pools them (LLaVA-OneVision's videos).
+
+        Frame by frame as in `grid`, also frames whose tokens are gone; with gradients. Where nothing is pooled, the
+        tokens of the grid as they enter the decoder. None for items on no grid.
+        """
+        raise self._missing("unpooled")
 
     # --- the decoder ------------------------------------------------------------------------------------------------
 
@@ -430,17 +461,21 @@ class Compressor(ABC):
         """Before the tower: frames of one video float[F, ...] in, indices of those to encode int[K] out, ascending."""
         raise NotImplementedError
 
-    def refresh(self, keys: Tensor, reference: Tensor | None, block: int, ctx: Context) -> Tensor | None:
-        """Inside a tower block: which patches of a frame are computed anew, the others taken from the reference frame.
+    def refresh(self, keys: Tensor, reference: Tensor, block: int, ctx: Context) -> Tensor:
+        """Inside a tower block: which patches of a frame are computed anew, the others taken from its reference frame.
+
+        Frames are handed in side by side (F of them, of one or several videos), and each must get what it would get
+        alone. `references` says which frames come here at all, `refresh_count` how many patches of each are computed.
 
         Args:
-            keys: float[T, C], the frame's key projections in this block, all heads side by side.
-            reference: float[T, C], those of the reference frame; None where there is none yet.
-            block: 0 .. depth - 1.
-            ctx: gives `memory`, which lives as long as the video.
+            keys: float[F, T, C], the frames' key projections in this block, all heads side by side, before any rotary
+                embedding. CLS and registers count as patches.
+            reference: float[F, T, C], those of the reference frame of each.
+            block: 0, 1, ... of all blocks of the tower; a call starts at 0.
+            ctx: gives `memory`, which lives as long as these frames are in the tower.
 
         Returns:
-            int[K]; None: the frame is computed in full and becomes the reference.
+            int[F, K], K = `refresh_count(T)`, without repetitions.
         """
         raise NotImplementedError
 
@@ -511,6 +546,10 @@ class Compressor(ABC):
         """What to record of generated tokens for `history`; None: nothing."""
         return None
 
+    def sees_window(self) -> bool:
+        """Whether a question in a stream sees all held steps; if not, they are among the blocks of `retrieve`."""
+        return True
+
     def encoder_keep(self) -> int | float:
         """Budget of tokens that enter the decoder, for methods that cut in the tower and again in the decoder.
 
@@ -521,6 +560,17 @@ class Compressor(ABC):
     def vision_keep(self) -> int | float:
         """Budget of what `vision_layer` leaves for `project`, where the projector joins patches."""
         return 1.0
+
+    def references(self, number: int) -> bool:
+        """Whether frame `number` of a video (0, 1, ...) is computed in full and is the reference of those after it.
+
+        A frame before which there is none, or only one of another size, is one in any case.
+        """
+        return True
+
+    def refresh_count(self, patches: int) -> int:
+        """How many patches of a frame of `patches` patches `refresh` chooses; all of them: it is never asked."""
+        return patches
 
     def calibrates(self) -> bool:
         """Whether merged tokens get log(size) on their attention scores in every decoder layer."""

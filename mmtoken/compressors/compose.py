@@ -105,7 +105,7 @@ class Composition(Compressor):
             left = left[part.frames(clip[left], ctx).to(left.device)]
         return left
 
-    def refresh(self, keys: Tensor, reference: Tensor | None, block: int, ctx: Context) -> Tensor | None:
+    def refresh(self, keys: Tensor, reference: Tensor, block: int, ctx: Context) -> Tensor:
         ((number, part),) = self._at("refresh")
         with self._as_part(ctx, number, None):
             return part.refresh(keys, reference, block, ctx)
@@ -204,6 +204,9 @@ class Composition(Compressor):
     def tower_layers(self, depth: int, blocks: int) -> tuple[int, ...]:
         return _union(part.tower_layers(depth, blocks) for part in self.chain)
 
+    def sees_window(self) -> bool:
+        return all(part.sees_window() for part in self.chain)
+
     def encoder_keep(self) -> int | float:
         inside = [part for part in self.chain if "vision_layer" in part.sites]
         around = [part for part in self.chain if "project" in part.sites]
@@ -213,6 +216,12 @@ class Composition(Compressor):
         around = [part for part in self.chain if "project" in part.sites]
         inside = [part for part in self.chain if "vision_layer" in part.sites and part not in around]
         return _together([part.encoder_keep() for part in inside])
+
+    def references(self, number: int) -> bool:
+        return all(part.references(number) for _, part in self._at("refresh"))
+
+    def refresh_count(self, patches: int) -> int:
+        return min((part.refresh_count(patches) for _, part in self._at("refresh")), default=patches)
 
     def calibrates(self) -> bool:
         return self.calibrate
@@ -302,6 +311,10 @@ class Schedule(Composition):
         for part, ratio in zip(self.parts, ratios, strict=True):
             on_cache = part.sites == {"cache"}
             changes: dict[str, Any] = {} if on_cache else {"positions": positions}
+            if part.sites == {"refresh"}:
+                raise MMTokenError(
+                    f"parts: {_name(part)} leaves every token, so that no budget can be shared with it; use Sequential."
+                )
             share = min(1.0, self.keep * ratio)
             if isinstance(self.keep, int):
                 changes["keep"] = max(1, math.floor(self.keep * ratio + 0.5))

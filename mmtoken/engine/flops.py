@@ -32,6 +32,34 @@ class DecoderShape:
         )
 
 
+@dataclass(frozen=True)
+class TowerShape:
+    """The sizes that the count of a vision transformer's block needs.
+
+    Attributes:
+        width: C, features of a patch.
+        mlp: multiply-adds of the MLP per patch, 2 C C_m for one hidden layer of C_m features, 3 C C_m for a gated one.
+    """
+
+    width: int
+    mlp: int
+
+
+def block_multiply_adds(shape: TowerShape, patches: int, computed: int) -> int:
+    """Multiply-adds of one block of a vision transformer on a frame of T patches of which n are computed.
+
+    (T + 3 n) C^2 + 2 n T C + n x MLP: keys of all patches; queries, values, output projection and MLP of n; their
+    attention to all. n = T is the plain block, 4 T C^2 + 2 T^2 C + T x MLP. Windows of attention are not allowed for.
+
+    Args:
+        shape: the block's sizes.
+        patches: T.
+        computed: n.
+    """
+    c, t, n = shape.width, patches, computed
+    return (t + 3 * n) * c * c + 2 * n * t * c + n * shape.mlp
+
+
 def prefill_flops(shape: DecoderShape, layer_lengths: list[list[int]]) -> float:
     """FLOPs of one prefill.
 

@@ -30,7 +30,7 @@ def start_report(session: Session, call: Prefill, shape: DecoderShape, encoded: 
     report.decoder = shape
     report.vision_seconds = sum(record.seconds for record in encoded.values())
     keep = session.compressor.keep
-    if isinstance(keep, int):
+    if isinstance(keep, int) and session.compressor.sites != {"refresh"}:  # patches of the tower there
         for item, (count, steps) in enumerate(zip(report.tokens_in, call.tokens.steps, strict=True)):
             if keep * steps > count:
                 report.notes.append(f"keep={keep} is above the {count} tokens of item {item}: all were kept.")

@@ -25,7 +25,10 @@ class SiteReport:
         kept: per item, int[K] original indices left, separators not counted (in a cache: left in any head).
         seconds: wall time inside the compressor, scores that it asked for included.
         scores: per item, float[N] the attention that the compressor read for each of `tokens_in`; None if it read none.
+        timings: seconds of parts of that which the method measures by itself, by name (a scorer's).
         heads: in a cache, per item and key/value head, int[K] original indices left; None elsewhere.
+        multiply_adds, multiply_adds_dense: of a tower block that computes some patches only, and of the plain block;
+            None elsewhere.
     """
 
     site: str
@@ -36,6 +39,9 @@ class SiteReport:
     seconds: float
     scores: list[Tensor] | None = field(default=None, repr=False)
     heads: list[list[Tensor]] | None = field(default=None, repr=False)
+    multiply_adds: int | None = None
+    multiply_adds_dense: int | None = None
+    timings: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -122,6 +128,16 @@ class Report:
             return 0.0
         return prefill_flops(self.decoder, [self.prompt_lengths] * self.decoder.layers)
 
+    @property
+    def tower_multiply_adds(self) -> int:
+        """Multiply-adds of the tower's blocks, where a method computes only some patches of a frame; 0 elsewhere."""
+        return sum(site.multiply_adds or 0 for site in self.sites)
+
+    @property
+    def tower_multiply_adds_dense(self) -> int:
+        """The same of the plain tower."""
+        return sum(site.multiply_adds_dense or 0 for site in self.sites)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with a schema version."""
         return {
@@ -142,6 +158,8 @@ class Report:
             "kv_bytes_dense": self.kv_bytes_dense,
             "flops": self.flops,
             "flops_dense": self.flops_dense,
+            "tower_multiply_adds": self.tower_multiply_adds,
+            "tower_multiply_adds_dense": self.tower_multiply_adds_dense,
             "scoring_seconds": self.scoring_seconds,
             "vision_seconds": self.vision_seconds,
             "prefill_seconds": self.prefill_seconds,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Literal, get_args
 from weakref import WeakValueDictionary
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.registry import adapt
-from mmtoken.compressors.base import Compressor, Context
+from mmtoken.compressors.base import STREAM_SITES, Compressor, Context
 from mmtoken.compressors.registry import resolve
 from mmtoken.compressors.trained import Trained, settings_of
 from mmtoken.engine.cache import check_decoder
@@ -29,6 +29,8 @@ from mmtoken.engine.prefill import Prefill
 from mmtoken.engine.prompt import Prompt, listen
 from mmtoken.engine.recorder import Recorder
 from mmtoken.engine.report import Report, SiteReport
+from mmtoken.engine.reuse import VideoState
+from mmtoken.engine.selective import ReuseHooks
 from mmtoken.engine.vision import VisionHooks
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
 from mmtoken.tokens import VisualTokens
@@ -62,6 +64,7 @@ class ThreadState(threading.local):
         prompt: the prompt of the forward in progress, `asked` that of the `generate` in progress; only for methods that
             read it before anything is encoded.
         labels: what the forward in progress is to predict.
+        videos: where the videos of the next calls of the tower go on, None where each call begins its own.
         aside: whether the decoder runs in the middle of another call, and no hook acts.
     """
 
@@ -79,6 +82,7 @@ class ThreadState(threading.local):
     prompt: Prompt | None = None
     asked: Prompt | None = None
     labels: Tensor | None = None
+    videos: tuple[VideoState, ...] | None = None
     aside: bool = False
 
     def __init__(self) -> None:
@@ -103,6 +107,8 @@ def _check(backbone: Backbone, given: Compressor | Trained, visual: Tensor | Non
 
 def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) -> None:
     name = type(method).__name__
+    if method.sites and method.sites <= set(STREAM_SITES):
+        raise UnsupportedError(f"{name} acts in streams only; use mmtoken.stream(model, processor, {name}(...)).")
     decoder: Any = backbone.decoder
     if method.needs & {"prompt", "text"} and decoder is None:
         raise UnsupportedError(f"{name} reads the prompt, and a {backbone.name} has none.")
@@ -112,10 +118,12 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
                 "visual=None but this model is a bare decoder; mark the visual positions with visual=bool[B, L]."
             )
         if (
-            method.sites & {"vision_layer", "project", "frames"}
-            or {"tower_attention", "tower_keys", "tower_states"} & method.needs
+            method.sites & {"refresh", "vision_layer", "project", "frames"}
+            or {"tower_attention", "tower_keys", "tower_states", "pixels"} & method.needs
         ):
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
+    if "refresh" in method.sites:
+        _check_reuse(backbone, method)
     if decoder is None:
         if method.sites & {"llm_layer", "frames", "cache"}:
             raise UnsupportedError(f"{name} acts inside or before a whole model, and this is a {backbone.name}.")
@@ -130,6 +138,8 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             f"{name} works before the processor on {backbone.name}, whose token count follows the image size: use "
             "images = compressor.prepare(images) and run the model as it is."
         )
+    if "pixels" in method.needs and "video" not in backbone.modalities:
+        raise UnsupportedError(f"{name} looks at frames of videos, and {backbone.name} reads images only.")
     if "frames" in method.sites and "video" not in backbone.modalities:
         raise UnsupportedError(f"{name} leaves out frames of videos, and {backbone.name} reads images only.")
     method.cut_layers(len(decoder.layers))
@@ -150,6 +160,25 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             )
         for number, layer in enumerate(decoder.layers):
             query_module(layer.self_attn, number)
+
+
+def _check_reuse(backbone: Backbone, method: Compressor) -> None:
+    name = type(method).__name__
+    if backbone.whole and "video" not in backbone.modalities:
+        raise UnsupportedError(
+            f"{name} takes patches of a frame from an earlier one of its video, and {backbone.name} reads images only."
+        )
+    if "vision_layer" in method.sites:
+        raise UnsupportedError(
+            f"{name} takes patches from an earlier frame and drops others between blocks of the same tower, so that "
+            "places no longer agree; leave one of the two out."
+        )
+    read = method.needs & {"tower_attention", "tower_keys", "tower_states"}
+    if read:
+        raise UnsupportedError(
+            f"{name} reads {', '.join(sorted(read))} of tower blocks that compute some patches of a frame only; use a "
+            "method that scores projected tokens."
+        )
 
 
 class Session(AbstractContextManager["Session"]):
@@ -212,6 +241,8 @@ class Session(AbstractContextManager["Session"]):
         if tower is not None:
             for handle in VisionHooks(self, tower).install():
                 undo.callback(handle.remove)
+            if "refresh" in self.compressor.sites:
+                ReuseHooks(self, tower).install(undo)
         if self.backbone.decoder is not None:
             for modality in self.backbone.modalities:
                 wrap_encoder(self, modality, undo)
@@ -235,6 +266,24 @@ class Session(AbstractContextManager["Session"]):
         """Forget earlier calls of this thread: a new episode or stream begins. Safe to repeat."""
         if self.thread.recorder is not None:
             self.thread.recorder.reset()
+
+    @contextmanager
+    def continuing(self, *videos: VideoState) -> Iterator[None]:
+        """Go on with videos that earlier calls began: a stream encodes its frames inside this block.
+
+        Without it every call of the encoder begins its videos anew. Methods that reuse nothing from earlier frames
+        (without the site `refresh`) do not look at it. A tower by itself takes its batch as images, and inside this
+        block as the frames of these videos, one after the other and equally long. Holds for this thread only.
+
+        Args:
+            videos: where each video of a call stands, in the order of the call; they move on when the call has ended
+                well. A new `VideoState()` is the beginning of a video.
+        """
+        before, self.thread.videos = self.thread.videos, videos
+        try:
+            yield
+        finally:
+            self.thread.videos = before
 
     def detach(self) -> None:
         """Take away every hook and attribute; safe to repeat."""
@@ -261,14 +310,16 @@ class Session(AbstractContextManager["Session"]):
     ) -> VisualTokens:
         """Call the compressor at a site and note what it read and did."""
         before = tokens.counts()
-        context.scores = None
+        context.scores = context.timings = None
         context.learned = None if self.trained is None else self.trained.module
         started = self.clock()
         left = method(tokens)
         seconds = self.clock() - started
         kept = left.kept()
         scores = None if context.scores is None else tokens.per_item(context.scores.detach())
-        self.note(SiteReport(site, layer, before, [len(k) for k in kept], kept, seconds, scores))
+        made = SiteReport(site, layer, before, [len(k) for k in kept], kept, seconds, scores)
+        made.timings.update(context.timings or {})
+        self.note(made)
         return left
 
     def note(self, site: SiteReport) -> None:

@@ -447,8 +447,8 @@ class PackedRun(TowerRun):
         index = self._rank()[self._slots(tokens)]
         parts = {}
         for name, states in (
-            ("query", _rotate(query, *self.now.rotary).to(query.dtype)),
-            ("key", _rotate(key, *self.now.rotary).to(key.dtype)),
+            ("query", rotate(query, *self.now.rotary).to(query.dtype)),
+            ("key", rotate(key, *self.now.rotary).to(key.dtype)),
             ("value", value),
         ):
             per_unit = states.unflatten(0, (-1, self.members))
@@ -470,7 +470,7 @@ class PackedRun(TowerRun):
     def attention(self, block: int | None, *, joint: bool) -> Tensor:
         call = self.call(block)
         assert call.rotary is not None and call.lengths is not None
-        query, key = (_rotate(x.float(), *call.rotary).transpose(0, 1) for x in self._split(call)[:2])
+        query, key = (rotate(x.float(), *call.rotary).transpose(0, 1) for x in self._split(call)[:2])
         if joint:
             query, key = (x.transpose(0, 1).flatten(1)[None] for x in (query, key))
         bounds = nn.functional.pad(call.lengths.cumsum(0), (1, 0)).tolist()
@@ -487,7 +487,7 @@ class PackedRun(TowerRun):
         return self._on_grid(call.output.unflatten(0, (-1, self.members)).mean(1), call)
 
 
-def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding of [S, H, d] by tables [S, d], in float32: x cos + (-x2, x1) sin, halves x1, x2 of x."""
     first, second = states.chunk(2, -1)
     return states * cosine[:, None].float() + torch.cat([-second, first], -1) * sine[:, None].float()

@@ -20,6 +20,9 @@ NOT_THE_PLAIN_MODEL: dict[str, str] = {
     "downscale": "averages over cells, and images are re-sampled",
     "prumerge": "adds neighbours to every token, and outliers decide how many there are",
     "quecc": "the learned projector makes new features, however many are kept",
+    "quota": (
+        "resizes frames by their scores; the plain model only if these are equal and it pools bilinearly or not at all"
+    ),
     "regionmask": "masks its boxes at keep=1.0, the only value; without boxes nothing changes",
     "tokencorr": "keep is an upper bound; the density of the crops decides",
 }
@@ -30,7 +33,9 @@ NO_EXACT_BUDGET: dict[str, tuple[str, str]] = {
     "dycoke": ("adaptive", "keep is what a reduced frame keeps, every fourth frame stays whole and images pass"),
     "prumerge": ("adaptive", "outliers of the attention decide, keep bounds it; adaptive=False meets it"),
     "quecc": ("adaptive", "cells of the grid become tokens, so only whole divisors of its side are possible"),
+    "quota": ("at_most", "a frame's grid has whole rows and columns"),
     "regionmask": ("adaptive", "boxes decide what goes, there is no budget"),
+    "stccacher": ("adaptive", "patches are computed less often in the tower, and none is dropped"),
     "tokencorr": ("adaptive", "the density of each crop decides, keep bounds it"),
 }
 
