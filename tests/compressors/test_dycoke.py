@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmtoken.compressors import Context, DyCoke
+from mmtoken.compressors import DyCoke
 from mmtoken.compressors.dycoke import changed_tokens, references
 from mmtoken.errors import InputError
 from mmtoken.tokens import VisualTokens, kept_count
+from tests.compressors.videos import VideoContext, noise, offline, streamed
 
 
 def plain(frames: Tensor, keep: int | float) -> tuple[list[int], float]:
@@ -90,7 +91,7 @@ def test_what_changed_stays_and_comes_out_by_rising_similarity():
 )
 def test_selection_is_the_plain_loop(frames, places, keep, seed, newline):
     features = torch.randn(frames, places, 5, generator=torch.Generator().manual_seed(seed))
-    left = DyCoke(keep=keep).llm_input(video(features, newline), Context())
+    left = DyCoke(keep=keep).llm_input(video(features, newline), VideoContext())
     kept, gap = plain(features, keep)
     if gap > 1e-5:
         assert left.kept()[0].tolist() == kept
@@ -102,24 +103,24 @@ def test_images_pass_unchanged_beside_videos():
     # A batch of two images, one of them in crops, and a video.
     features = torch.randn(3, 12, 5, generator=torch.Generator().manual_seed(1))
     tokens = VisualTokens.from_features(features, grid=((1, 3, 4), None, (4, 1, 3)))
-    left = DyCoke(keep=1).llm_input(tokens, Context())
+    left = DyCoke(keep=1).llm_input(tokens, VideoContext())
     assert left.counts() == [12, 12, 6]
     assert torch.equal(left.features[:2], features[:2])
     # Images have no frames to compare, so that holes in them do not matter.
     image = VisualTokens.from_features(features[:1], grid=((1, 3, 4),)).where(torch.arange(12)[None] > 3)
-    assert DyCoke(keep=1).llm_input(image, Context()).counts() == [8]
+    assert DyCoke(keep=1).llm_input(image, VideoContext()).counts() == [8]
 
 
 def test_with_the_default_a_video_of_fours_keeps_about_0475():
     frames = torch.randn(8, 100, 4, generator=torch.Generator().manual_seed(0))
-    assert DyCoke().llm_input(video(frames), Context()).counts() == [380]
+    assert DyCoke().llm_input(video(frames), VideoContext()).counts() == [380]
 
 
 def test_frames_with_holes_cannot_be_compared():
     tokens = video(torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)))
     holed = tokens.where(torch.arange(12)[None] != 5)
     with pytest.raises(InputError, match=r"grid=\(4, 1, 3\) of item 0 has 12 tokens but 11 came.*before methods"):
-        DyCoke().llm_input(holed, Context())
+        DyCoke().llm_input(holed, VideoContext())
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -127,4 +128,4 @@ def test_not_a_number_in_a_video_is_an_error(bad):
     frames = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
     frames[2, 1, 0] = bad
     with pytest.raises(InputError, match="features contains NaN for item 0"):
-        DyCoke().llm_input(video(frames), Context())
+        DyCoke().llm_input(video(frames), VideoContext())
