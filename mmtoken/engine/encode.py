@@ -327,6 +327,26 @@ def _within(where: Tensor, encoded: Tensor, length: int) -> Tensor:
     return where.masked_fill(beyond, int(encoded.nonzero()[0, 0]))
 
 
+def without_tail(record: Encoded, tail: int) -> Encoded:
+    """The record of a single item without its last `tail` tokens."""
+    if not tail:
+        return record
+    layout = record.layout
+    (count,) = layout.counts
+    left = count - tail
+
+    def cut(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[:left]
+
+    return replace(
+        record,
+        layout=replace(layout, counts=[left], protected=layout.protected[:left], crops=cut(layout.crops)),
+        mass=cut(record.mass),
+        size=cut(record.size),
+        tower=None if record.tower is None else record.tower.at(torch.arange(left, device=layout.protected.device)),
+    )
+
+
 def bit_hash(tensor: Tensor) -> int:
     """A 63-bit integer from the exact bits of a tensor: equal content gives equal numbers on every device.
 

@@ -116,6 +116,8 @@ COMPRESSORS: dict[str, Compressor] = {
     "trips": shelf.TRIPS(keep=0.4),
     "trips-count": shelf.TRIPS(keep=5, layers=(1, 2), protect_fused=True, temperature=0.1),
     "trips-renumber": shelf.TRIPS(keep=0.4, normalise=True, positions="renumber"),
+    "stccacher": shelf.STCCacher(),
+    "stccacher-count": shelf.STCCacher(keep=3, interval=3, share_selection=True, similarity="l2"),
     "tome": shelf.ToMe(keep=0.5),
     "tome-count": shelf.ToMe(keep=3),
     "tome-renumber": shelf.ToMe(keep=0.5, positions="renumber"),
@@ -180,6 +182,8 @@ def refused(name: str, cell: Cell) -> str | None:
         return "before the processor"
     if COMPRESSORS[name].patchwise_projector and cell[0] != "llava":
         return "maps every patch by itself"
+    if "refresh" in COMPRESSORS[name].sites and (cell[0], "video") not in CELLS:
+        return "reads images only"
     return None
 
 
@@ -204,8 +208,10 @@ def compress(model: nn.Module, method: Compressor, **options: Any) -> mmtoken.Se
 def drops(name: str, cell: Cell) -> bool:
     """Whether tokens leave the sequence: filled regions and presses leave all, DyCoke and EVS images, VLA-Pruner at
     first."""
+    """Whether tokens leave the sequence: filled regions, presses and the cacher leave all, DyCoke leaves images, and
+    VLA-Pruner all of them at first."""
     whole = ("regionmask-zero", "regionmask-mean", "regionmask-patches-zero", "vlapruner")
-    if name.startswith(whole) or COMPRESSORS[name].sites == {"cache"}:
+    if name.startswith(whole) or COMPRESSORS[name].sites in ({"cache"}, {"refresh"}):
         return False
     return not name.startswith(("dycoke", "evs")) or cell[1] == "video"
 
