@@ -31,6 +31,7 @@ NO_EXACT_BUDGET: dict[str, tuple[str, str]] = {
     "prumerge": ("adaptive", "outliers of the attention decide, keep bounds it; adaptive=False meets it"),
     "quecc": ("adaptive", "cells of the grid become tokens, so only whole divisors of its side are possible"),
     "regionmask": ("adaptive", "boxes decide what goes, there is no budget"),
+    "rekv": ("at_most", "keep counts the steps that come back for a question; the last chunk may be short"),
     "tokencorr": ("adaptive", "the density of each crop decides, keep bounds it"),
 }
 
