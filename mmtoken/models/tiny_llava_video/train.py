@@ -162,6 +162,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")
     model = TinyLlavaVideo(
         gaps=gaps,
+        object_layer=options.object_layer,
         learning_rate=options.learning_rate,
         tower_learning_rate=options.tower_learning_rate,
         minutes=options.minutes,
@@ -243,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default=None)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 on a GPU")
     parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+    parser.add_argument("--object-layer", type=int, default=5)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--tower-learning-rate", type=float, default=3e-4)
     parser.add_argument("--validation-clips", type=int, default=256)
