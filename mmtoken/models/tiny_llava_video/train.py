@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=None, help="end earlier, after so many steps")
     parser.add_argument("--out", required=True, help="folder of metrics.json and last.ckpt")
     parser.add_argument("--start-from", default=None, help="a last.ckpt whose weights to go on with, on further clips")
-    parser.add_argument("--frames", type=int, default=2048, help="frames per step")
+    parser.add_argument("--frames", type=int, default=1024, help="frames per step")
     parser.add_argument("--questions", type=int, default=10, help="questions per clip")
     parser.add_argument("--workers", type=int, default=5, help="processes that draw clips")
     parser.add_argument("--threads", type=int, default=1)
