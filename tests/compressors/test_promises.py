@@ -20,8 +20,9 @@ NOT_THE_PLAIN_MODEL: dict[str, str] = {
     "downscale": "averages over cells, and images are re-sampled",
     "prumerge": "adds neighbours to every token, and outliers decide how many there are",
     "quecc": "the learned projector makes new features, however many are kept",
-    "quota": "resizes frames by their scores; with equal scores and assigner='bilinear' it is the plain model where that "
-    "pools so itself (LLaVA-OneVision), or does not pool",
+    "quota": (
+        "resizes frames by their scores; the plain model only if these are equal and it pools bilinearly or not at all"
+    ),
     "regionmask": "masks its boxes at keep=1.0, the only value; without boxes nothing changes",
     "tokencorr": "keep is an upper bound; the density of the crops decides",
 }
