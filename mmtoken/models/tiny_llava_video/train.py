@@ -162,6 +162,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")
     model = TinyLlavaVideo(
         gaps=gaps,
+        object_layer=options.object_layer,
         learning_rate=options.learning_rate,
         tower_learning_rate=options.tower_learning_rate,
         minutes=options.minutes,
@@ -236,13 +237,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=None, help="end earlier, after so many steps")
     parser.add_argument("--out", required=True, help="folder of metrics.json and last.ckpt")
     parser.add_argument("--start-from", default=None, help="a last.ckpt whose weights to go on with, on further clips")
-    parser.add_argument("--frames", type=int, default=2048, help="frames per step")
+    parser.add_argument("--frames", type=int, default=1024, help="frames per step")
     parser.add_argument("--questions", type=int, default=10, help="questions per clip")
     parser.add_argument("--workers", type=int, default=5, help="processes that draw clips")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default=None)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 on a GPU")
     parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+    parser.add_argument("--object-layer", type=int, default=5)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--tower-learning-rate", type=float, default=3e-4)
     parser.add_argument("--validation-clips", type=int, default=256)
