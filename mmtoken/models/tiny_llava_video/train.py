@@ -167,20 +167,10 @@ def train(options: argparse.Namespace, model: TinyLlavaVideo | None = None) -> d
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bfloat16 = device.type == "cuda" and not options.float32
     torch.set_float32_matmul_precision("high")
-<<<<<<< HEAD
-    model = TinyLlavaVideo(
-        gaps=gaps,
-        object_layer=options.object_layer,
-        learning_rate=options.learning_rate,
-        tower_learning_rate=options.tower_learning_rate,
-        minutes=options.minutes,
-        attention=options.attention,
-        seed=options.seed,
-    ).to(device)
-=======
     if model is None:
         model = TinyLlavaVideo(
             gaps=gaps,
+            object_layer=options.object_layer,
             learning_rate=options.learning_rate,
             tower_learning_rate=options.tower_learning_rate,
             minutes=options.minutes,
@@ -188,7 +178,6 @@ def train(options: argparse.Namespace, model: TinyLlavaVideo | None = None) -> d
             seed=options.seed,
         )
     model = model.to(device)
->>>>>>> videoscan-c
     if before:
         model.load_state_dict(before["state_dict"])
     model.train()
@@ -260,13 +249,14 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=None, help="end earlier, after so many steps")
     made.add_argument("--out", required=True, help="folder of metrics.json and last.ckpt")
     made.add_argument("--start-from", default=None, help="a last.ckpt whose weights to go on with, on further clips")
-    made.add_argument("--frames", type=int, default=2048, help="frames per step")
+    made.add_argument("--frames", type=int, default=1024, help="frames per step")
     made.add_argument("--questions", type=int, default=10, help="questions per clip")
     made.add_argument("--workers", type=int, default=5, help="processes that draw clips")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--device", default=None)
     made.add_argument("--float32", action="store_true", help="no bfloat16 on a GPU")
     made.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+    made.add_argument("--object-layer", type=int, default=5)
     made.add_argument("--learning-rate", type=float, default=1e-3)
     made.add_argument("--tower-learning-rate", type=float, default=3e-4)
     made.add_argument("--validation-clips", type=int, default=256)
@@ -275,29 +265,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-<<<<<<< HEAD
-    parser = argparse.ArgumentParser(prog="python -m mmtoken.models.tiny_llava_video.train", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=7.0, help="wall time of the training steps")
-    parser.add_argument("--steps", type=int, default=None, help="end earlier, after so many steps")
-    parser.add_argument("--out", required=True, help="folder of metrics.json and last.ckpt")
-    parser.add_argument("--start-from", default=None, help="a last.ckpt whose weights to go on with, on further clips")
-    parser.add_argument("--frames", type=int, default=1024, help="frames per step")
-    parser.add_argument("--questions", type=int, default=10, help="questions per clip")
-    parser.add_argument("--workers", type=int, default=5, help="processes that draw clips")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 on a GPU")
-    parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
-    parser.add_argument("--object-layer", type=int, default=5)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--tower-learning-rate", type=float, default=3e-4)
-    parser.add_argument("--validation-clips", type=int, default=256)
-    parser.add_argument("--check-seconds", type=float, default=60.0)
-    options = parser.parse_args(argv)
-=======
     options = parser("python -m mmtoken.models.tiny_llava_video.train", str(__doc__)).parse_args(argv)
->>>>>>> videoscan-c
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     train(options)
 
