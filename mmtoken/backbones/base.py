@@ -17,6 +17,10 @@ from mmtoken.tokens import Grid
 Modality = Literal["image", "video"]
 
 
+_CLIP_SCALE = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_HALF_SCALE = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
 @dataclass(frozen=True)
 class Tower:
     """A vision transformer and where its parts are.
@@ -114,6 +118,23 @@ class Backbone(ABC):
     def projector(self) -> nn.Module | None:
         """The module that maps patches to the decoder's width; only needed where `tokenwise_projector` holds."""
         return None
+
+    def pooled_projector(self) -> nn.Module | None:
+        """The module whose output float[frames, patches, D] the model pools for videos; None: videos are not pooled."""
+        return None
+
+    def unpooled(self, call: Mapping[str, Any], projected: Tensor) -> list[Tensor]:
+        """The output of `pooled_projector` in a `get_video_features` call, per video as float[frames, h, w, D]."""
+        raise UnsupportedError(f"{self.name} does not pool videos.")
+
+    def pictures(self, call: Mapping[str, Any]) -> list[Tensor]:
+        """The videos of a `get_video_features` call as normalised pictures float[F, 3, H, W], one per grid step."""
+        raise UnsupportedError(f"{self.name} encodes no videos, so there are no frames to look at.")
+
+    def pixel_scale(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and deviation per colour with which the family's processors normalise pictures."""
+        kind = str(self.model.config.vision_config.model_type)
+        return _CLIP_SCALE if kind.startswith(("clip", "qwen2")) else _HALF_SCALE
 
     @property
     def feature_layers(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmtoken.backbones.base import Backbone, Layout, Modality, Tower, hidden_state_block
 from mmtoken.errors import UnsupportedError
@@ -32,7 +32,8 @@ class LlavaOneVision(Backbone):
             module=tower,
             blocks=blocks,
             feature_block=hidden_state_block(self.model.config.vision_feature_layer, len(blocks)),
-            prefix=0,
+            # SigLIP has no CLS; a CLIP tower has one, which "default" drops.
+            prefix=int(self.model.config.vision_config.model_type == "clip_vision_model"),
             unit=1,
             heads=self.model.config.vision_config.num_attention_heads,
         )
@@ -122,6 +123,17 @@ class LlavaOneVision(Backbone):
         if pixels.ndim == 4:
             return list(torch.split(pixels, self._tiles(call)))
         return [image[:n] for image, n in zip(pixels, self._tiles(call), strict=True)]
+
+    def pooled_projector(self) -> nn.Module:
+        projector: nn.Module = self.root.multi_modal_projector
+        return projector
+
+    def unpooled(self, call: Mapping[str, Any], projected: Tensor) -> list[Tensor]:
+        side = self._side()
+        return list(projected.reshape(*self._video_pixels(call).shape[:2], side, side, -1))
+
+    def pictures(self, call: Mapping[str, Any]) -> list[Tensor]:
+        return list(self._video_pixels(call))
 
     def clips(self, call: Mapping[str, Any]) -> list[Tensor]:
         return list(self._video_pixels(call))

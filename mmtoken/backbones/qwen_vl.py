@@ -62,6 +62,19 @@ class QwenVL(Backbone):
         pixels = call["pixel_values" if modality == "image" else "pixel_values_videos"]
         return list(torch.split(pixels, [t * h * w for t, h, w in self._grids(modality, call)]))
 
+    def pictures(self, call: Mapping[str, Any]) -> list[Tensor]:
+        vision = self.model.config.vision_config
+        merge, side, steps = vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
+        found = []
+        for (frames, rows, columns), patches in zip(
+            self._grids("video", call), self.item_pixels("video", call), strict=True
+        ):
+            shape = (frames, rows // merge, columns // merge, merge, merge, -1, steps, side, side)
+            # (frame, step, colour), then row of squares, of patches and of pixels, then the same for columns
+            ordered = patches.view(shape).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+            found.append(ordered.reshape(frames, steps, -1, rows * side, columns * side)[:, 0])
+        return found
+
     def clips(self, call: Mapping[str, Any]) -> list[Tensor]:
         grids = self._grids("video", call)
         return [

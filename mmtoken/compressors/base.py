@@ -49,6 +49,8 @@ Need = Literal[
     "prompt",
     "history",
     "content_seed",
+    "unpooled",
+    "pixels",
 ]
 """What a method reads besides the tokens, named as the `Context` methods that give it.
 
@@ -56,7 +58,7 @@ Attention that patches receive in the tower, and tower keys; queries, keys and v
 run; outputs of several tower blocks; attention of prompt tokens in a decoder layer, and in the layer about to run;
 queries, keys and values of a decoder layer; how a decoder layer changes its tokens; the prompt's text tokens (at the
 decoder), and its text before anything is encoded; attention of generated tokens in earlier calls; a seed made from the
-pixels.
+pixels; patches of a video before the model pools them; a video's frames as pictures.
 """
 
 Rows = Literal["last", "after", "text", "all"] | Tensor
@@ -263,8 +265,14 @@ class Context:
     """Per item, whether it is, or belongs to, a picture that is cut into crops: `tokens.item` then numbers them, 0 is
     the thumbnail. None where pictures are not cut."""
 
+    streaming: bool = False
+    """Whether the tokens are one step of a stream: `llm_input` may then append tokens behind those that came."""
+
     scores: Tensor | None = None
     """float[B, N]: the attention that the method read last, for the report; None if it read none."""
+
+    timings: dict[str, float] | None = None
+    """Seconds of parts of its work that the method wants to see in the report, by name; part of the call's seconds."""
 
     learned: Any = None
     """The module that `Compressor.build` made, with its trained weights; None for methods without learned parts."""
@@ -275,6 +283,15 @@ class Context:
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         """An integer per item from the exact bits of its pixels: equal for the same image in any batch or beam."""
         raise self._missing("content_seed")
+
+    def pixels(self, tokens: VisualTokens) -> list[Tensor | None]:
+        """Per item uint8[F, H, W, 3]: the frames of a video as the model is shown them (of each temporal grid step the
+        first one); None for images.
+
+        Un-normalised with the mean and deviation that the family's processors use, so a processor with others gives
+        other colours.
+        """
+        raise self._missing("pixels")
 
     # --- the tower --------------------------------------------------------------------------------------------------
 
@@ -317,9 +334,23 @@ class Context:
         """float[B, D_llm]: the decoder's last hidden state at the last text token, from a pass over the text alone."""
         raise self._missing("question_state")
 
+    def prompt_ids(self, tokens: VisualTokens) -> list[Tensor]:
+        """Per item int[T]: the token ids of the text of its prompt row, chat template included, in order."""
+        raise self._missing("prompt_ids")
+
     def to_llm(self, tokens: VisualTokens) -> Tensor:
         """float[B, N, D_llm]: patch features as the model's own projector maps them, where it maps patch by patch."""
         raise self._missing("to_llm")
+
+    # --- before the model pools -------------------------------------------------------------------------------------
+
+    def unpooled(self, tokens: VisualTokens) -> list[Tensor | None]:
+        """Per item float[F, h, w, D]: its projected patches before the model pools them (LLaVA-OneVision's videos).
+
+        Frame by frame as in `grid`, also frames whose tokens are gone; with gradients. Where nothing is pooled, the
+        tokens of the grid as they enter the decoder. None for items on no grid.
+        """
+        raise self._missing("unpooled")
 
     # --- the decoder ------------------------------------------------------------------------------------------------
 
@@ -514,6 +545,10 @@ class Compressor(ABC):
     def recording(self, depth: int) -> Recording | None:
         """What to record of generated tokens for `history`; None: nothing."""
         return None
+
+    def sees_window(self) -> bool:
+        """Whether a question in a stream sees all held steps; if not, they are among the blocks of `retrieve`."""
+        return True
 
     def encoder_keep(self) -> int | float:
         """Budget of tokens that enter the decoder, for methods that cut in the tower and again in the decoder.

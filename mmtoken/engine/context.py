@@ -83,10 +83,35 @@ class CallContext(Context):
         state: Tensor = self._prompt("question_state").state(self.call.items.row_index)
         return state
 
+    def prompt_ids(self, tokens: VisualTokens) -> list[Tensor]:
+        ids: list[Tensor] = self._prompt("prompt_ids").ids_of(self.call.items.row_index)
+        return ids
+
     def _prompt(self, name: str) -> Any:
         if self.call.prompt is None:
             raise self._missing(name)
         return self.call.prompt
+
+    def unpooled(self, tokens: VisualTokens) -> list[Tensor | None]:
+        items = self.call.items
+        places = torch.arange(items.places.shape[1], device=items.places.device)
+        found: list[Tensor | None] = []
+        for number, (row, grid) in enumerate(zip(items.rows, items.grids, strict=True)):
+            given = None if items.frames is None else items.frames(number, "unpooled")
+            if given is None and grid is not None:
+                mine = places[items.valid[number] & ~items.protected[number]]
+                given = self.call.embeds[row, items.places[number, mine]].view(*grid, -1)
+            found.append(given)
+        return found
+
+    def pixels(self, tokens: VisualTokens) -> list[Tensor | None]:
+        items = self.call.items
+        if not items.known or items.frames is None:
+            raise UnsupportedError(
+                "pixels are not known for these visual tokens: they were encoded outside the attached model, or the "
+                "method did not declare them. Pass pixels while it is attached."
+            )
+        return [items.frames(number, "pixels") for number in range(len(items.rows))]
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         items = self.call.items

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from mmtoken.engine.report import SiteReport
 from mmtoken.engine.tower import TowerRun
 from mmtoken.errors import InputError, UnsupportedError
 from mmtoken.tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from mmtoken.engine.prompt import Prompt
 
 
 @dataclass
@@ -59,6 +63,35 @@ class TowerFacts:
 
 
 @dataclass
+class VideoFrames:
+    """The frames of the videos of a call, for methods that look at them again.
+
+    Attributes:
+        unpooled: per video float[F, h, w, D], see `Context.unpooled`; None where the model pools nothing.
+        pictures: gives per video uint8[F, H, W, 3]; None unless asked for.
+    """
+
+    unpooled: list[Tensor] | None = None
+    pictures: Callable[[], list[Tensor]] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VideoFrames:
+        """Itself, as `TowerFacts`."""
+        return self
+
+    def at(self, index: list[Tensor]) -> VideoFrames:
+        """The same with frames int[F] of each video."""
+        pictures = self.pictures
+
+        def some(values: list[Tensor]) -> list[Tensor]:
+            return [value[pick.to(value.device)] for value, pick in zip(values, index, strict=True)]
+
+        return VideoFrames(
+            None if self.unpooled is None else some(self.unpooled),
+            None if pictures is None else lambda: some(pictures()),
+        )
+
+
+@dataclass
 class Encoded:
     """Items encoded in one call, in prompt order.
 
@@ -71,6 +104,7 @@ class Encoded:
         tower: attention, keys and features of tower blocks per token; None without a tower.
         cls: float[items, D] CLS features where the projector reads, None without CLS.
         seeds: an integer per item computed from its pixels, None unless asked for.
+        frames: of videos, for methods that need them; None for images and where nobody asks.
         sites: what the compressor did during the call.
         seconds: wall time of the call.
     """
@@ -82,13 +116,17 @@ class Encoded:
     tower: TowerFacts | None = None
     cls: Tensor | None = None
     seeds: list[int] | None = None
+    frames: VideoFrames | None = None
     sites: list[SiteReport] = field(default_factory=list)
     seconds: float = 0.0
 
 
 @dataclass
 class EncoderCall:
-    """The call in progress: tower runs and projections seen so far, and the prompt row of each tile if it was asked."""
+    """The call in progress: tower runs and projections seen so far, and the prompt row of each tile if it was asked.
+
+    `unpooled` is what the projector gave before the model pools it, float[frames, patches, D].
+    """
 
     modality: Modality
     arguments: Mapping[str, Any]
@@ -97,6 +135,7 @@ class EncoderCall:
     projected_mass: Tensor | None = None
     projected_size: Tensor | None = None
     prompt_rows: Tensor | None = None
+    unpooled: Tensor | None = None
 
     def finish(self, backbone: Backbone, needs: frozenset[Need], acted: bool) -> Encoded:
         """Bring everything to the resolution of the prompt."""
@@ -118,6 +157,11 @@ class EncoderCall:
             encoded.size = carry(self.projected_size[..., None])[:, 0]
         if "content_seed" in needs:
             encoded.seeds = self.seeds(backbone)
+        if self.modality == "video" and needs & {"unpooled", "pixels"}:
+            encoded.frames = VideoFrames(
+                None if self.unpooled is None else backbone.unpooled(self.arguments, self.unpooled),
+                functools.partial(pictures, backbone, self.arguments) if "pixels" in needs else None,
+            )
         return encoded
 
     def seeds(self, backbone: Backbone) -> list[int]:
@@ -125,15 +169,63 @@ class EncoderCall:
         return [bit_hash(item) for item in backbone.item_pixels(self.modality, self.arguments)]
 
 
+def pictures(backbone: Backbone, call: Mapping[str, Any]) -> list[Tensor]:
+    """The videos of a call as uint8[F, H, W, 3]."""
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in backbone.pixel_scale())
+    found = []
+    for clip in backbone.pictures(call):
+        scaled = (clip.detach().float() * deviation.to(clip.device) + mean.to(clip.device)) * 255
+        found.append(scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous())
+    return found
+
+
 class FrameContext(Context):
-    """The context of the `frames` site: nothing has been encoded yet."""
+    """The context of the `frames` site: nothing has been encoded yet.
+
+    Args:
+        counts: frames of the video.
+        seed: of its pixels, None unless declared.
+        prompt: the prompt and the video's row in it, None unless declared.
+        clip: gives the video as uint8[F, H, W, 3], None unless declared.
+    """
 
     tokenwise_projector = False
 
-    def __init__(self, counts: list[int], seed: int | None) -> None:
+    def __init__(
+        self,
+        counts: list[int],
+        seed: int | None,
+        prompt: tuple[Prompt, Tensor] | None = None,
+        clip: Callable[[], Tensor] | None = None,
+    ) -> None:
         self.depth = 0
         self.original_counts = counts
+        self.memory = {}
         self._seed = seed
+        self._prompt = prompt
+        self._clip = clip
+
+    def prompt_embedding(self, tokens: VisualTokens) -> Tensor:
+        prompt, row = self._asked("prompt_embedding")
+        return prompt.mean(row)
+
+    def question_state(self, tokens: VisualTokens) -> Tensor:
+        prompt, row = self._asked("question_state")
+        return prompt.state(row)
+
+    def prompt_ids(self, tokens: VisualTokens) -> list[Tensor]:
+        prompt, row = self._asked("prompt_ids")
+        return prompt.ids_of(row)
+
+    def _asked(self, name: str) -> tuple[Prompt, Tensor]:
+        if self._prompt is None:
+            raise self._missing(name)
+        return self._prompt
+
+    def pixels(self, tokens: VisualTokens) -> list[Tensor | None]:
+        if self._clip is None:
+            raise self._missing("pixels")
+        return [self._clip()]
 
     def content_seed(self, tokens: VisualTokens) -> list[int]:
         if self._seed is None:
@@ -141,15 +233,15 @@ class FrameContext(Context):
         return [self._seed]
 
 
-def choose_frames(method: Compressor, clips: list[Tensor], seeds: list[int] | None) -> list[Tensor]:
+def choose_frames(method: Compressor, clips: list[Tensor], contexts: list[FrameContext]) -> list[Tensor]:
     """Ask a method which frames of each video to encode: int[K] per video, checked.
 
     Raises:
         InputError: an index is out of range, repeated, out of order, or none is left.
     """
     picks = []
-    for number, clip in enumerate(clips):
-        pick = method.frames(clip, FrameContext([len(clip)], None if seeds is None else seeds[number]))
+    for number, (clip, context) in enumerate(zip(clips, contexts, strict=True)):
+        pick = method.frames(clip, context)
         if not len(pick) or bool((pick.diff() <= 0).any()) or int(pick[0]) < 0 or int(pick[-1]) >= len(clip):
             raise InputError(
                 f"frames chose {pick.tolist()} of video {number} with {len(clip)} frames; give ascending "
@@ -164,8 +256,9 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
 
     A frame that was not encoded holds copies of the last encoded one before it, at mass 0.
     """
-    index, chosen = [], []
+    index, chosen, frames_at = [], [], []
     protected = full.protected.split(full.counts)
+    encoded = record.layout.protected.split(record.layout.counts)
     for item, pick in enumerate(picks):
         grid = full.grids[item]
         assert grid is not None
@@ -174,11 +267,13 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
         nearest = (torch.searchsorted(pick.to(device), torch.arange(frames, device=device), right=True) - 1).clamp(
             min=0
         )
+        frames_at.append(nearest)
         inside = torch.arange(frames * area, device=device)
-        where = torch.zeros(full.counts[item], dtype=torch.long, device=device)
-        where[~protected[item]] = nearest[inside // area] * area + inside % area
-        tail = int(protected[item].sum())
-        where[protected[item]] = len(pick) * area + torch.arange(tail, device=device)
+        places = (~protected[item]).nonzero()[:, 0]
+        copied = (~encoded[item]).nonzero()[:, 0][nearest[inside // area] * area + inside % area]
+        # A separator belongs to the token before it.
+        before = ((~protected[item]).long().cumsum(-1) - 1).clamp(min=0)
+        where = copied[before] + torch.arange(full.counts[item], device=device) - places[before]
         index.append(where)
         mass = torch.zeros(full.counts[item], device=device)
         mass[~protected[item]] = torch.isin(inside // area, pick.to(device)).float()
@@ -186,8 +281,10 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
     offsets = torch.tensor([0, *record.layout.counts[:-1]], device=full.protected.device).cumsum(0)
     flat = torch.cat([where + offset for where, offset in zip(index, offsets, strict=True)])
     features = output.pooler_output
-    # transformers 5.17 adds the separators of a video later, so that its features end before them.
-    stretched = [part[where[where < len(part)]] for part, where in zip(features, index, strict=True)]
+    stretched = [
+        part[_within(where, separators, len(part))]
+        for part, where, separators in zip(features, index, encoded, strict=True)
+    ]
     output.pooler_output = torch.stack(stretched) if isinstance(features, Tensor) else tuple(stretched)
     if getattr(output, "deepstack_features", None) is not None:
         # one tensor per layer in 5.17, one per layer and item later
@@ -209,7 +306,44 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
         mass=mass if inner is None else mass * inner,
         size=stretch(record.size),
         tower=None if record.tower is None else record.tower.at(flat),
+        frames=None if record.frames is None else record.frames.at(frames_at),
         cls=None,
+    )
+
+
+def _within(where: Tensor, encoded: Tensor, length: int) -> Tensor:
+    """`where` for features of which transformers 5.17 leaves the last token out: a separator, which it adds later.
+
+    Args:
+        where: int[tokens], indices into the encoded item.
+        encoded: bool[n], its separators.
+        length: how many of its tokens have features.
+    """
+    where = where[: len(where) - (len(encoded) - length)]
+    beyond = where >= length
+    if not bool(beyond.any()):
+        return where
+    # All separators are the same vector.
+    return where.masked_fill(beyond, int(encoded.nonzero()[0, 0]))
+
+
+def without_tail(record: Encoded, tail: int) -> Encoded:
+    """The record of a single item without its last `tail` tokens."""
+    if not tail:
+        return record
+    layout = record.layout
+    (count,) = layout.counts
+    left = count - tail
+
+    def cut(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[:left]
+
+    return replace(
+        record,
+        layout=replace(layout, counts=[left], protected=layout.protected[:left], crops=cut(layout.crops)),
+        mass=cut(record.mass),
+        size=cut(record.size),
+        tower=None if record.tower is None else record.tower.at(torch.arange(left, device=layout.protected.device)),
     )
 
 

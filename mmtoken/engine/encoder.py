@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mmtoken.backbones.base import Modality
-from mmtoken.engine.encode import Encoded, EncoderCall, choose_frames, fill_frames
+from mmtoken.engine.encode import Encoded, EncoderCall, FrameContext, choose_frames, fill_frames, pictures
 from mmtoken.engine.prefill import check_placeholders
+from mmtoken.engine.prompt import known
 from mmtoken.engine.report import Report, SiteReport
 from mmtoken.errors import UnsupportedError
 
@@ -78,12 +79,28 @@ def _pick_frames(
     if modality != "video" or "frames" not in method.sites:
         return given, None
     clips = backbone.clips(given)
-    seeds = EncoderCall(modality, given).seeds(backbone) if "content_seed" in method.needs else None
     started = session.clock()
-    picks = choose_frames(method, clips, seeds)
+    picks = choose_frames(method, clips, _frame_contexts(session, given, clips))
     before, after = [len(clip) for clip in clips], [len(pick) for pick in picks]
     session.note(SiteReport("frames", None, before, after, picks, session.clock() - started))
     return backbone.with_frames(given, picks), picks
+
+
+def _frame_contexts(session: Session, given: dict[str, Any], clips: list[Tensor]) -> list[FrameContext]:
+    """What the method may ask of each video before it is encoded."""
+    needs, backbone = session.compressor.needs, session.backbone
+    seeds = EncoderCall("video", given).seeds(backbone) if "content_seed" in needs else None
+    prompt, rows = None, None
+    if "prompt" in needs:
+        prompt = known(session.thread)
+        rows = prompt.item_rows("video", backbone.layout("video", given, sum(len(clip) for clip in clips)))
+    shown = functools.cache(functools.partial(pictures, backbone, given))
+    contexts = []
+    for number, clip in enumerate(clips):
+        asked = None if prompt is None or rows is None else (prompt, rows[number : number + 1])
+        show = (lambda number=number: shown()[number]) if "pixels" in needs else None
+        contexts.append(FrameContext([len(clip)], None if seeds is None else seeds[number], asked, show))
+    return contexts
 
 
 def encoded_by(outputs: Any, made: Collection[str] = ()) -> dict[str, Encoded]:

@@ -33,6 +33,7 @@ class Items:
         tower: float[I, N, C], a fact of a tower block (see `TowerFacts.read`), or None where none are known.
         cls: float[I, D] or None.
         seeds: per item, or None.
+        frames: of an item and "unpooled" or "pixels", what `Context` gives by these names; None unless asked for.
         known: whether the encoder call was seen, so that tower facts exist.
         crops: int[I, N], see `Layout.crops`; None where no picture is cut.
         cropped: per item, whether it is, or belongs to, a picture that is cut into crops.
@@ -48,6 +49,7 @@ class Items:
     tower: Callable[[Literal["attention", "keys", "features"], int | None, bool], Tensor] | None = None
     cls: Tensor | None = None
     seeds: list[int] | None = None
+    frames: Callable[[int, Literal["unpooled", "pixels"]], Tensor | None] | None = None
     known: bool = False
     crops: Tensor | None = None
     cropped: list[bool] = field(default_factory=list)
@@ -224,6 +226,23 @@ def _stack(
             return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(places.device)
 
         items.tower = fact
+    if any(record.frames is not None for record, *_ in known):
+
+        @functools.cache
+        def shown(call: int) -> list[Tensor] | None:
+            frames = known[call][0].frames
+            return None if frames is None or frames.pictures is None else frames.pictures()
+
+        calls = [next(i for i, (other, *_) in enumerate(known) if other is record) for record, *_ in known]
+
+        def frames_of(number: int, name: Literal["unpooled", "pixels"]) -> Tensor | None:
+            record, item, *_ = known[number]
+            if record.frames is None:
+                return None
+            values = record.frames.unpooled if name == "unpooled" else shown(calls[number])
+            return None if values is None else values[item]
+
+        items.frames = frames_of
     if all(record.cls is not None and len(record.cls) == len(record.layout.counts) for record, *_ in known):
         items.cls = torch.stack([record.cls[item] for record, item, *_ in known])  # type: ignore[index]
     if all(record.seeds is not None for record, *_ in known):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmtoken.backbones.base import Backbone
+from mmtoken.backbones.base import Backbone, Layout, Modality
 from mmtoken.engine import gather, masks
 from mmtoken.engine.compat import cache_in
 from mmtoken.engine.encode import EncoderCall
@@ -37,6 +37,7 @@ class Prompt:
         visual: per modality bool[B, L].
         labels: int[B, L] or None.
         decode: runs the decoder over embeddings float[B, n, D], of which bool[B, n] are real, without hooks acting.
+        ids: int[B, L], None where the prompt came as embeddings.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Prompt:
         visual: Mapping[str, Tensor],
         labels: Tensor | None,
         decode: Callable[[Tensor, Tensor], Tensor],
+        ids: Tensor | None = None,
     ) -> None:
         if labels is not None and labels.shape == text.shape:
             asked = text & (labels.to(text.device) == IGNORED)
@@ -54,6 +56,7 @@ class Prompt:
         self.visual = visual
         self._embeds = embeds
         self._decode = decode
+        self._ids = ids
 
     @functools.cached_property
     def _packed(self) -> tuple[Tensor, Tensor]:
@@ -86,6 +89,31 @@ class Prompt:
         """float[n, D]: the decoder's last hidden state at the last text token of rows int[n], from the text alone."""
         return self._of(rows, "_state")
 
+    def ids_of(self, rows: Tensor) -> list[Tensor]:
+        """int[T] for each of rows int[n]: the ids of its text.
+
+        Raises:
+            UnsupportedError: the prompt came as embeddings.
+        """
+        if self._ids is None:
+            raise UnsupportedError("The method reads the prompt's text, which came as embeddings; call with input_ids.")
+        return [self._ids[row][self.text[row]] for row in rows.tolist()]
+
+    def item_rows(self, modality: Modality, layout: Layout) -> Tensor:
+        """int[items]: the prompt row of each item of a call with this layout; of beams the first copy.
+
+        Raises:
+            InputError: the placeholders do not fit.
+        """
+        mask = self.visual[modality]
+        check_counts(mask, modality, layout)
+        per_row = mask.sum(-1).tolist()
+        copies = sum(per_row) // sum(layout.counts)
+        rows = [0] * len(layout.counts)
+        for row, item, _ in reversed(assign(per_row, layout.counts, copies, modality)):
+            rows[item] = row
+        return torch.tensor(rows, device=self.text.device)
+
     def _of(self, rows: Tensor, name: str) -> Tensor:
         rows = rows.to(self.text.device)
         empty = ~self.text.any(-1)[rows]
@@ -116,15 +144,9 @@ class Prompt:
         # Crops of an image are re-sampled into each other, but its first tile is always carried as it is.
         carried = carried.round().long().masked_fill(layout.protected.to(device), total)
         first = torch.stack([part.min() for part in carried.split(layout.counts)])
-        mask = self.visual[call.modality]
-        check_counts(mask, call.modality, layout)
-        per_row = mask.sum(-1).tolist()
-        copies = sum(per_row) // sum(layout.counts)
-        rows = [0] * len(layout.counts)
-        for row, item, _ in reversed(assign(per_row, layout.counts, copies, call.modality)):
-            rows[item] = row
+        rows = self.item_rows(call.modality, layout)
         item_of = torch.searchsorted(first, torch.arange(total, device=device), right=True) - 1
-        return torch.tensor(rows, device=device)[item_of.clamp(min=0)]
+        return rows[item_of.clamp(min=0)]
 
 
 def placeholders(session: Session, ids: Tensor | None, embeds: Tensor | None) -> dict[str, Tensor]:
@@ -170,7 +192,7 @@ def read_prompt(
         looked_up: Tensor = session.model.get_input_embeddings()(ids.masked_fill(~text, 0))
         return looked_up
 
-    return Prompt(embed, text, visual, labels, functools.partial(decode, session))
+    return Prompt(embed, text, visual, labels, functools.partial(decode, session), ids)
 
 
 def decode(session: Session, embeds: Tensor, real: Tensor) -> Tensor:
@@ -262,7 +284,8 @@ def prompt_of(session: Session, call: Prefill) -> Prompt | None:
     if "prompt" not in session.compressor.needs:
         return None
     text = call.real & ~call.visual
-    return Prompt(lambda: call.embeds, text, {}, session.thread.labels, functools.partial(decode, session))
+    decoder = functools.partial(decode, session)
+    return Prompt(lambda: call.embeds, text, {}, session.thread.labels, decoder, call.input_ids)
 
 
 def known(state: ThreadState) -> Prompt:

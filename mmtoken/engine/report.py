@@ -25,6 +25,7 @@ class SiteReport:
         kept: per item, int[K] original indices left, separators not counted (in a cache: left in any head).
         seconds: wall time inside the compressor, scores that it asked for included.
         scores: per item, float[N] the attention that the compressor read for each of `tokens_in`; None if it read none.
+        timings: seconds of parts of that which the method measures by itself, by name (a scorer's).
         heads: in a cache, per item and key/value head, int[K] original indices left; None elsewhere.
         multiply_adds, multiply_adds_dense: of a tower block that computes some patches only, and of the plain block;
             None elsewhere.
@@ -40,6 +41,7 @@ class SiteReport:
     heads: list[list[Tensor]] | None = field(default=None, repr=False)
     multiply_adds: int | None = None
     multiply_adds_dense: int | None = None
+    timings: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

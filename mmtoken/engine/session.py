@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.registry import adapt
-from mmtoken.compressors.base import Compressor, Context
+from mmtoken.compressors.base import STREAM_SITES, Compressor, Context
 from mmtoken.compressors.registry import resolve
 from mmtoken.compressors.trained import Trained, settings_of
 from mmtoken.engine.cache import check_decoder
@@ -107,6 +107,8 @@ def _check(backbone: Backbone, given: Compressor | Trained, visual: Tensor | Non
 
 def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) -> None:
     name = type(method).__name__
+    if method.sites and method.sites <= set(STREAM_SITES):
+        raise UnsupportedError(f"{name} acts in streams only; use mmtoken.stream(model, processor, {name}(...)).")
     decoder: Any = backbone.decoder
     if method.needs & {"prompt", "text"} and decoder is None:
         raise UnsupportedError(f"{name} reads the prompt, and a {backbone.name} has none.")
@@ -117,7 +119,7 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             )
         if (
             method.sites & {"refresh", "vision_layer", "project", "frames"}
-            or {"tower_attention", "tower_keys", "tower_states"} & method.needs
+            or {"tower_attention", "tower_keys", "tower_states", "pixels"} & method.needs
         ):
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
     if "refresh" in method.sites:
@@ -136,6 +138,8 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             f"{name} works before the processor on {backbone.name}, whose token count follows the image size: use "
             "images = compressor.prepare(images) and run the model as it is."
         )
+    if "pixels" in method.needs and "video" not in backbone.modalities:
+        raise UnsupportedError(f"{name} looks at frames of videos, and {backbone.name} reads images only.")
     if "frames" in method.sites and "video" not in backbone.modalities:
         raise UnsupportedError(f"{name} leaves out frames of videos, and {backbone.name} reads images only.")
     method.cut_layers(len(decoder.layers))
@@ -306,14 +310,16 @@ class Session(AbstractContextManager["Session"]):
     ) -> VisualTokens:
         """Call the compressor at a site and note what it read and did."""
         before = tokens.counts()
-        context.scores = None
+        context.scores = context.timings = None
         context.learned = None if self.trained is None else self.trained.module
         started = self.clock()
         left = method(tokens)
         seconds = self.clock() - started
         kept = left.kept()
         scores = None if context.scores is None else tokens.per_item(context.scores.detach())
-        self.note(SiteReport(site, layer, before, [len(k) for k in kept], kept, seconds, scores))
+        made = SiteReport(site, layer, before, [len(k) for k in kept], kept, seconds, scores)
+        made.timings.update(context.timings or {})
+        self.note(made)
         return left
 
     def note(self, site: SiteReport) -> None:

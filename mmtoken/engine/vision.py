@@ -78,6 +78,10 @@ class TowerContext(Context):
         prompt, rows = self._asked("question_state")
         return prompt.state(rows)
 
+    def prompt_ids(self, tokens: VisualTokens) -> list[Tensor]:
+        prompt, rows = self._asked("prompt_ids")
+        return prompt.ids_of(rows)
+
     def _asked(self, name: str) -> tuple[Prompt, Tensor]:
         if self.prompt is None:
             raise self._missing(name)
@@ -152,6 +156,9 @@ class VisionHooks:
             yield tower.pooling.register_forward_pre_hook(self._pooling_pre, with_kwargs=True)
         for merger in tower.mergers if inside else ():
             yield merger.register_forward_hook(self._merger)
+        pooled = self.session.backbone.pooled_projector() if "unpooled" in method.needs else None
+        if pooled is not None:
+            yield pooled.register_forward_hook(self._before_pooling)
         projector = self.session.backbone.projector()
         if projector is not None and "project" in method.sites:
             yield projector.register_forward_pre_hook(self._project_pre)
@@ -291,6 +298,11 @@ class VisionHooks:
         finally:
             if self.session.backbone.decoder is None:
                 state.call = None
+
+    def _before_pooling(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        call = self.session.thread.encoder
+        if call is not None and call.modality == "video":
+            call.unpooled = output
 
     # --- a tower by itself ------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mmtoken.compressors import BUS, Compressor, Context, FlowCutHR, QueCC, RegionMask, TokenCorr
+from mmtoken.compressors import BUS, Compressor, Context, FlowCutHR, QueCC, QuoTA, RegionMask, TokenCorr, VideoScan
 from mmtoken.compressors.base import CacheEntry, Dims, Rows, States, TextTokens, TowerStates, Transition
 from mmtoken.compressors.registry import names
 from mmtoken.tokens import VisualTokens, pick_rows
@@ -19,8 +19,10 @@ _OTHERS: dict[str, Compressor] = {
     "bus": BUS(keep=0.4, heads=1),
     "flowcuthr": FlowCutHR(keep=0.4, spread=1.5),
     "quecc": QueCC(keep=0.4, heads=1),
+    "quota": QuoTA(keep=0.4, scorer="random"),
     "regionmask": RegionMask(),
     "tokencorr": TokenCorr(keep=0.4, tau_s=0.5),
+    "videoscan": VideoScan(),
 }
 """Those that need more than a budget to cut, or to fit the width of these tokens."""
 
@@ -113,6 +115,13 @@ class Given(Context):
 
     def to_llm(self, tokens: VisualTokens) -> Tensor:
         return tokens.features
+
+    def unpooled(self, tokens: VisualTokens) -> list[Tensor | None]:
+        self.asked = (*self.asked, "unpooled")
+        return [
+            None if grid is None else tokens.features[row, tokens.eligible[row]].view(*grid, -1)
+            for row, grid in enumerate(tokens.grid)
+        ]
 
     def text(self, tokens: VisualTokens) -> TextTokens:
         self.asked = (*self.asked, "text")

@@ -8,10 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mmtoken.datasets.media.limits import MAX_PIXELS
 from mmtoken.errors import InputError
-
-MAX_PIXELS = 64_000_000
-"""Largest picture that is decoded: about 200 MB as RGB."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What is opened. Pillow knows more, some of which (EPS) starts other programs."""
