@@ -25,6 +25,7 @@ from mmtoken.compressors.pyramiddrop import PyramidDrop as PyramidDrop
 from mmtoken.compressors.quecc import QueCC as QueCC
 from mmtoken.compressors.quota import QuoTA as QuoTA
 from mmtoken.compressors.regionmask import RegionMask as RegionMask
+from mmtoken.compressors.rekv import ReKV as ReKV
 from mmtoken.compressors.snapkv import SnapKV as SnapKV
 from mmtoken.compressors.sparsevlm import SparseVLM as SparseVLM
 from mmtoken.compressors.sparsevlm import SparseVLMPlus as SparseVLMPlus

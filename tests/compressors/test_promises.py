@@ -36,6 +36,7 @@ NO_EXACT_BUDGET: dict[str, tuple[str, str]] = {
     "quecc": ("adaptive", "cells of the grid become tokens, so only whole divisors of its side are possible"),
     "quota": ("at_most", "a frame's grid has whole rows and columns"),
     "regionmask": ("adaptive", "boxes decide what goes, there is no budget"),
+    "rekv": ("at_most", "keep counts the steps that come back for a question; the last chunk may be short"),
     "stccacher": ("adaptive", "patches are computed less often in the tower, and none is dropped"),
     "stcpruner": ("adaptive", "a share is one of each frame, and rounded there; counts are met"),
     "tokencorr": ("adaptive", "the density of each crop decides, keep bounds it"),
