@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mmtoken.engine.session import Session, attach, attached, check, compress
     from mmtoken.errors import MMTokenError
     from mmtoken.hub import list_models, load, save
+    from mmtoken.streaming.stream import Stream, stream
     from mmtoken.tokens import VisualTokens
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _HOMES = {
     "MMTokenError": "mmtoken.errors",
     "Report": "mmtoken.engine.report",
     "Session": "mmtoken.engine.session",
+    "Stream": "mmtoken.streaming.stream",
     "VisualTokens": "mmtoken.tokens",
     "attach": "mmtoken.engine.session",
     "attached": "mmtoken.engine.session",
@@ -43,12 +45,14 @@ _HOMES = {
     "list_models": "mmtoken.hub",
     "load": "mmtoken.hub",
     "save": "mmtoken.hub",
+    "stream": "mmtoken.streaming.stream",
 }
 
 __all__ = [
     "MMTokenError",
     "Report",
     "Session",
+    "Stream",
     "VisualTokens",
     "attach",
     "attached",
@@ -59,6 +63,7 @@ __all__ = [
     "list_models",
     "load",
     "save",
+    "stream",
 ]
 
 

@@ -21,11 +21,23 @@ ALLOWED = {
     "compressors": {"errors", "tokens"},
     "backbones": {"errors", "tokens"},
     "engine": {"errors", "tokens", "compressors", "backbones"},
+    "streaming": {"errors", "tokens", "compressors", "backbones", "engine"},
     "datasets": {"errors", "tokens"},
     "training": {"errors", "tokens", "wholefile", "datasets"},
-    "models": {"errors", "tokens", "wholefile", "datasets", "engine", "training"},
+    "models": {"errors", "tokens", "wholefile", "compressors", "datasets", "engine", "training"},
     "hub": {"errors", "wholefile", "backbones", "compressors", "engine", "models"},
-    "evaluation": {"errors", "tokens", "wholefile", "compressors", "backbones", "engine", "datasets", "models", "hub"},
+    "evaluation": {
+        "errors",
+        "tokens",
+        "wholefile",
+        "compressors",
+        "backbones",
+        "engine",
+        "streaming",
+        "datasets",
+        "models",
+        "hub",
+    },
 }
 
 

@@ -546,6 +546,10 @@ class Compressor(ABC):
         """What to record of generated tokens for `history`; None: nothing."""
         return None
 
+    def sees_window(self) -> bool:
+        """Whether a question in a stream sees all held steps; if not, they are among the blocks of `retrieve`."""
+        return True
+
     def encoder_keep(self) -> int | float:
         """Budget of tokens that enter the decoder, for methods that cut in the tower and again in the decoder.
 

@@ -204,6 +204,9 @@ class Composition(Compressor):
     def tower_layers(self, depth: int, blocks: int) -> tuple[int, ...]:
         return _union(part.tower_layers(depth, blocks) for part in self.chain)
 
+    def sees_window(self) -> bool:
+        return all(part.sees_window() for part in self.chain)
+
     def encoder_keep(self) -> int | float:
         inside = [part for part in self.chain if "vision_layer" in part.sites]
         around = [part for part in self.chain if "project" in part.sites]

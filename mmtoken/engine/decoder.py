@@ -17,6 +17,7 @@ from mmtoken.engine import attention, calibration, gather, masks
 from mmtoken.engine.cache import LogicalLayer, logical_layer, make_logical, new_cache
 from mmtoken.engine.compat import CACHE, cache_in, check_checkpointing, with_cache
 from mmtoken.engine.context import CallContext
+from mmtoken.engine.encode import without_tail
 from mmtoken.engine.encoder import encoded_by, forget
 from mmtoken.engine.eviction import Eviction
 from mmtoken.engine.flops import DecoderShape
@@ -224,15 +225,53 @@ class DecoderHooks:
         """Let the compressor act on the prompt: (embeds with merged features float[B, L, D], bool[B, L] left)."""
         if not self.compressor.sites & _BEFORE_DECODER:
             return call.embeds, ~call.dropped
-        tokens = self._select_encoded(call)
-        if "llm_input" in self.compressor.sites:
-            context = self._context(call, call.embeds)
-            tokens = self.session.run_site(
-                "llm_input", None, tokens, context, lambda t: self.compressor.llm_input(t, context)
-            )
+        tokens = self._before_decoder(call)
         keep = call.apply(tokens)
         merged = self.compressor.merges and bool(self.compressor.sites & {"llm_input", "project"})
         return call.write(tokens, call.embeds) if merged else call.embeds, keep
+
+    def _before_decoder(self, call: Prefill, *, streaming: bool = False) -> VisualTokens:
+        """What the compressor lets into the decoder."""
+        tokens = self._select_encoded(call)
+        if "llm_input" in self.compressor.sites:
+            context = self._context(call, call.embeds)
+            context.streaming = streaming
+            tokens = self.session.run_site(
+                "llm_input", None, tokens, context, lambda t: self.compressor.llm_input(t, context)
+            )
+        return tokens
+
+    def step_tokens(self, output: Any, tail: int, memory: dict[str, Any]) -> tuple[VisualTokens, VisualTokens]:
+        """One temporal step of a stream: its tokens as encoded, and those that enter the decoder.
+
+        Args:
+            output: what the video encoder returned for this step alone, while the session was attached.
+            tail: tokens at its end that come once per video and belong to no step (a newline).
+            memory: what the compressor remembers from step to step.
+        """
+        record = without_tail(encoded_by({"video": output})["video"], tail)
+        forget(output)
+        embeds = torch.cat([part.reshape(-1, part.shape[-1]) for part in output.pooler_output])
+        embeds = embeds[None, : sum(record.layout.counts)]
+        everything = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        items = locate({"video": everything}, {"video": record})
+        call = Prefill(
+            items=items,
+            length=embeds.shape[1],
+            past=0,
+            real=everything,
+            mask=None,
+            embeds=embeds,
+            position_ids=torch.arange(embeds.shape[1], device=embeds.device)[None],
+            cut=Cut.of(0, everything),
+            tokens=_prompt_tokens(items, embeds),
+            dropped=~everything,
+            memory=memory,
+        )
+        before = call.tokens
+        tokens = self._before_decoder(call, streaming=True)
+        self.session.take_report()
+        return before, tokens
 
     def _context(self, call: Prefill, hidden: Tensor, probe: Any = None) -> CallContext:
         return CallContext(call, self.decoder, hidden, self.listening.past_calls, probe)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.registry import adapt
-from mmtoken.compressors.base import Compressor, Context
+from mmtoken.compressors.base import STREAM_SITES, Compressor, Context
 from mmtoken.compressors.registry import resolve
 from mmtoken.compressors.trained import Trained, settings_of
 from mmtoken.engine.cache import check_decoder
@@ -107,6 +107,8 @@ def _check(backbone: Backbone, given: Compressor | Trained, visual: Tensor | Non
 
 def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) -> None:
     name = type(method).__name__
+    if method.sites and method.sites <= set(STREAM_SITES):
+        raise UnsupportedError(f"{name} acts in streams only; use mmtoken.stream(model, processor, {name}(...)).")
     decoder: Any = backbone.decoder
     if method.needs & {"prompt", "text"} and decoder is None:
         raise UnsupportedError(f"{name} reads the prompt, and a {backbone.name} has none.")
