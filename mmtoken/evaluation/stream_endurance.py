@@ -327,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(given)
     except MMTokenError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return 2
 
 
@@ -341,7 +341,9 @@ def _run(given: argparse.Namespace) -> int:
         result = speed(methods, device, frames=given.frames or 80, dtype=dtype)
         _write(out, json.dumps(result, indent=2) + "\n")
         for row in result["runs"]:
-            print(f"{row['method']}: {row['fps']} fps, {row['ttft_ms']} ms, {row['kv_bytes'] / 2**20:.1f} MiB held")
+            sys.stdout.write(
+                f"{row['method']}: {row['fps']} fps, {row['ttft_ms']} ms, {row['kv_bytes'] / 2**20:.1f} MiB held\n"
+            )
         return 0
     check_matplotlib()
     result = endurance(methods, given.frames or 10_000, every=given.every)
@@ -349,7 +351,7 @@ def _run(given: argparse.Namespace) -> int:
     _write(out.with_suffix(".md"), table(result))
     with whole_file(out.with_suffix(".png")) as temporary:
         figure(result).savefig(temporary, dpi=120)
-    print(table(result))
+    sys.stdout.write(table(result))
     return 0 if all(run["constant"] for run in result["runs"]) else 1
 
 
