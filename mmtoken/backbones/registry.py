@@ -9,10 +9,11 @@ from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.idefics3 import Idefics3
 from mmtoken.backbones.llava import Llava
 from mmtoken.backbones.llava_onevision import LlavaOneVision
+from mmtoken.backbones.llava_video import LlavaVideo
 from mmtoken.backbones.qwen_vl import QwenVL
 from mmtoken.errors import UnsupportedError, near_names
 
-ADAPTERS: tuple[type[Backbone], ...] = (Llava, LlavaOneVision, QwenVL, Idefics3, BareDecoder, BareTower)
+ADAPTERS: tuple[type[Backbone], ...] = (Llava, LlavaOneVision, LlavaVideo, QwenVL, Idefics3, BareDecoder, BareTower)
 
 
 def adapt(model: PreTrainedModel) -> Backbone:

@@ -90,8 +90,7 @@ class QuoTA(Compressor):
     causal: ClassVar[bool] = False
     budget: ClassVar[Budget] = "at_most"
     identity_at_full: ClassVar[bool | str] = (
-        "resizes frames by their scores; with equal scores and assigner='bilinear' it is the plain model where that "
-        "pools so itself (LLaVA-OneVision), or does not pool"
+        "resizes frames by their scores; the plain model only if these are equal and it pools bilinearly or not at all"
     )
 
     def __post_init__(self) -> None:

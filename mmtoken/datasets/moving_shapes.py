@@ -15,10 +15,9 @@ number 1/100 for two digits. A model that sees the question alone does not get a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -436,7 +435,8 @@ def _faint() -> NDArray[np.int16]:
 def _spread() -> NDArray[np.float32]:
     """float32[168, 7]: linear interpolation from 7 points to the side of a scene."""
     at = np.linspace(0, 6, _CANVAS)
-    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(7))).astype(np.float32)
+    weights: NDArray[np.float32] = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(7))).astype(np.float32)
+    return weights
 
 
 def _scene(rng: np.random.Generator) -> NDArray[np.int16]:
@@ -448,7 +448,7 @@ def _scene(rng: np.random.Generator) -> NDArray[np.int16]:
     grid = grid + rng.uniform(-16, 16, (7, 7, 1)).astype(np.float32) + rng.uniform(-5, 5, (7, 7, 3)).astype(np.float32)
     spread = _spread()
     rows = (spread @ grid.reshape(7, 21)).reshape(_CANVAS, 7, 3)
-    canvas = np.rint(np.matmul(spread, rows)).astype(np.int16)
+    canvas: NDArray[np.int16] = np.rint(np.matmul(spread, rows)).astype(np.int16)
     begin = int(rng.integers((1 << 19) - _CANVAS * _CANVAS))
     canvas += _noise()[begin : begin + _CANVAS * _CANVAS].reshape(_CANVAS, _CANVAS, 1)
     return canvas
@@ -575,7 +575,7 @@ def _number(rng: np.random.Generator, clip: Clip, seen: int) -> ClipQuestion | N
     return ClipQuestion("number", NUMBER_QUESTION, answer, seen, seen - last, evidence)
 
 
-_ASK: dict[str, Any] = {
+_ASK: Mapping[str, Callable[[np.random.Generator, Clip, int], ClipQuestion | None]] = {
     "colour": _colour,
     "shape": _shape,
     "appeared": _appeared,

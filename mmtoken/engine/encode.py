@@ -258,6 +258,7 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
     """
     index, chosen, frames_at = [], [], []
     protected = full.protected.split(full.counts)
+    encoded = record.layout.protected.split(record.layout.counts)
     for item, pick in enumerate(picks):
         grid = full.grids[item]
         assert grid is not None
@@ -268,10 +269,11 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
         )
         frames_at.append(nearest)
         inside = torch.arange(frames * area, device=device)
-        where = torch.zeros(full.counts[item], dtype=torch.long, device=device)
-        where[~protected[item]] = nearest[inside // area] * area + inside % area
-        tail = int(protected[item].sum())
-        where[protected[item]] = len(pick) * area + torch.arange(tail, device=device)
+        places = (~protected[item]).nonzero()[:, 0]
+        copied = (~encoded[item]).nonzero()[:, 0][nearest[inside // area] * area + inside % area]
+        # A separator belongs to the token before it.
+        before = ((~protected[item]).long().cumsum(-1) - 1).clamp(min=0)
+        where = copied[before] + torch.arange(full.counts[item], device=device) - places[before]
         index.append(where)
         mass = torch.zeros(full.counts[item], device=device)
         mass[~protected[item]] = torch.isin(inside // area, pick.to(device)).float()
@@ -279,8 +281,10 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
     offsets = torch.tensor([0, *record.layout.counts[:-1]], device=full.protected.device).cumsum(0)
     flat = torch.cat([where + offset for where, offset in zip(index, offsets, strict=True)])
     features = output.pooler_output
-    # transformers 5.17 adds the separators of a video later, so that its features end before them.
-    stretched = [part[where[where < len(part)]] for part, where in zip(features, index, strict=True)]
+    stretched = [
+        part[_within(where, separators, len(part))]
+        for part, where, separators in zip(features, index, encoded, strict=True)
+    ]
     output.pooler_output = torch.stack(stretched) if isinstance(features, Tensor) else tuple(stretched)
     if getattr(output, "deepstack_features", None) is not None:
         # one tensor per layer in 5.17, one per layer and item later
@@ -305,6 +309,22 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
         frames=None if record.frames is None else record.frames.at(frames_at),
         cls=None,
     )
+
+
+def _within(where: Tensor, encoded: Tensor, length: int) -> Tensor:
+    """`where` for features of which transformers 5.17 leaves the last token out: a separator, which it adds later.
+
+    Args:
+        where: int[tokens], indices into the encoded item.
+        encoded: bool[n], its separators.
+        length: how many of its tokens have features.
+    """
+    where = where[: len(where) - (len(encoded) - length)]
+    beyond = where >= length
+    if not bool(beyond.any()):
+        return where
+    # All separators are the same vector.
+    return where.masked_fill(beyond, int(encoded.nonzero()[0, 0]))
 
 
 def without_tail(record: Encoded, tail: int) -> Encoded:

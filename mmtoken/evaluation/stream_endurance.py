@@ -73,11 +73,12 @@ class Trace:
 
 
 def watch(
-    method: Compressor | None, frames: int, *, shape: StreamShape = TINY, every: int = 500, seed: int = 0
+    method: Compressor | None, frames: int, *, shape: StreamShape | None = None, every: int = 500, seed: int = 0
 ) -> Trace:
     """Push frames through a random network, ask every `every` frames, and note what each costs."""
     if frames < 1 or every < 1:
         raise InputError(f"frames={frames}, every={every}: both must be at least 1.")
+    shape = shape or TINY
     model, processor = random_stream_model(shape, torch.device("cpu"), seed=seed)
     # Filled, not only reserved: what is noted must not itself count as growth.
     rss, seconds, rows = np.ones(frames), np.ones(frames), np.ones(frames, dtype=np.int64)
@@ -260,7 +261,7 @@ def speed(
     methods: Sequence[Compressor | None],
     device: torch.device,
     *,
-    shape: StreamShape = HALF_BILLION,
+    shape: StreamShape | None = None,
     frames: int = 80,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Any]:
@@ -269,6 +270,7 @@ def speed(
     Every method watches the same frames with the bound that it sets itself, 32 times what it holds of the first one;
     the last `RECENT` pushes are timed, when the memory is full.
     """
+    shape = shape or HALF_BILLION
     model, processor = random_stream_model(shape, device, dtype)
     pictures = list(random_frames(shape.image, frames))
     rows = []
@@ -341,9 +343,8 @@ def _run(given: argparse.Namespace) -> int:
         result = speed(methods, device, frames=given.frames or 80, dtype=dtype)
         _write(out, json.dumps(result, indent=2) + "\n")
         for row in result["runs"]:
-            sys.stdout.write(
-                f"{row['method']}: {row['fps']} fps, {row['ttft_ms']} ms, {row['kv_bytes'] / 2**20:.1f} MiB held\n"
-            )
+            held = f"{row['kv_bytes'] / 2**20:.1f} MiB held"
+            sys.stdout.write(f"{row['method']}: {row['fps']} fps, {row['ttft_ms']} ms, {held}\n")
         return 0
     check_matplotlib()
     result = endurance(methods, given.frames or 10_000, every=given.every)

@@ -13,6 +13,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from mmtoken.errors import CheckpointError
 
 
+def cosine(step: int, done: float, warmup_steps: int) -> float:
+    """Factor on the peak rate: linear warm-up by steps, times a cosine from 1 to .02 over `done` in 0..1."""
+    falling = 0.5 * (1 + math.cos(math.pi * done))
+    return min(1.0, (step + 1) / max(1, warmup_steps)) * (0.02 + 0.98 * falling)
+
+
 class Objective(L.LightningModule):
     """A Lightning module with AdamW, linear warm-up, a cosine down to 2 % of the peak, and CPU time in its checkpoints.
 
@@ -39,11 +45,9 @@ class Objective(L.LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, self.beta2), fused=True)
         total = int(self.trainer.estimated_stepping_batches)
 
-        def factor(step: int) -> float:
-            cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
-            return min(1.0, (step + 1) / max(1, self.warmup_steps)) * (0.02 + 0.98 * cosine)
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: cosine(step, min(1.0, step / total), self.warmup_steps)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

@@ -16,7 +16,8 @@ import transformers as tf
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tests.backbones.tiny_models import PINPOINTS, SPECIALS, TEXT_TOKENS, build, role_tokens
+from mmtoken.models.llava_video import LlavaVideoProcessor
+from tests.backbones.tiny_models import ONEVISION, PINPOINTS, SPECIALS, TEXT_TOKENS, build, role_tokens
 
 __all__ = ["conversation", "photograph", "processor", "tokenizer", "video", "write_checkpoint"]
 
@@ -101,6 +102,7 @@ def _fast(family: str) -> Tokenizer:
 _TOKENIZER_CLASSES = {
     "llava": "LlamaTokenizer",
     "llava_onevision": "Qwen2Tokenizer",
+    "llava_video": "Qwen2Tokenizer",
     "qwen2_5_vl": "Qwen2Tokenizer",
     "qwen3_vl": "Qwen2Tokenizer",
     "idefics3": "PreTrainedTokenizerFast",
@@ -181,6 +183,7 @@ CHAT_TEMPLATES: dict[str, str] = {
         _NAME, "<image>", "<video>", "<end_of_utterance>\n", "<|im_start|>", "Assistant:", media_first=False
     ),
 }  # fmt: skip
+CHAT_TEMPLATES["llava_video"] = CHAT_TEMPLATES["llava_onevision"]
 
 
 # ----------------------------------------------------------------------------------------------------- processors
@@ -197,9 +200,10 @@ def _processor(family: str, tok: Any) -> Any:
             num_additional_image_tokens=1,
             chat_template=template,
         )
-    if family == "llava_onevision":
+    if family in ONEVISION:
         size = {"height": 42, "width": 42}
-        return tf.LlavaOnevisionProcessor(
+        kind = LlavaVideoProcessor if family == "llava_video" else tf.LlavaOnevisionProcessor
+        return kind(
             tf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=PINPOINTS),
             tok,
             tf.LlavaOnevisionVideoProcessor(size=size),

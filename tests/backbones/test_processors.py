@@ -27,6 +27,7 @@ from tests.backbones.tiny_models import (
 PROCESSORS = {
     "llava": "LlavaProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
+    "llava_video": "LlavaVideoProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",
     "idefics3": "Idefics3Processor",
@@ -144,6 +145,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(loaded: Loaded) -> None:
 EXPECTED = {
     "llava": r"<s> ?USER: (<image>){16}\nWhat is shown\? ASSISTANT:",
     "llava_onevision": r"<\|im_start\|>user (<image>)+\nWhat is shown\?<\|im_end\|><\|im_start\|>assistant\n",
+    "llava_video": r"<\|im_start\|>user (<image>)+\nWhat is shown\?<\|im_end\|><\|im_start\|>assistant\n",
     "qwen2_5_vl": r"<\|im_start\|>system\nYou are a helpful assistant\.<\|im_end\|>\n<\|im_start\|>user\n"
     r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>What is shown\?<\|im_end\|>\n<\|im_start\|>assistant\n",
     "qwen3_vl": r"<\|im_start\|>user\n<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>What is shown\?<\|im_end\|>\n"
@@ -183,4 +185,4 @@ def test_media_are_reproducible_and_differ() -> None:
 
 
 def test_every_video_family_is_covered() -> None:
-    assert set(video_families()) == {"llava_onevision", "qwen2_5_vl", "qwen3_vl"}
+    assert set(video_families()) == {"llava_onevision", "llava_video", "qwen2_5_vl", "qwen3_vl"}

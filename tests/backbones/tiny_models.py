@@ -16,6 +16,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers as tf
 
+from mmtoken.models.llava_video import LlavaVideoConfig, LlavaVideoForConditionalGeneration
+
 __all__ = [
     "CASES",
     "CELLS",
@@ -45,6 +47,7 @@ _ROW_COL = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
 SPECIALS: dict[str, list[str]] = {
     "llava": ["<image>", "<pad>"],
     "llava_onevision": [*_QWEN, "<image>", "<video>"],
+    "llava_video": [*_QWEN, "<image>", "<video>"],
     "qwen2_5_vl": _QWEN_VL,
     "qwen3_vl": _QWEN_VL,
     "idefics3": [
@@ -61,6 +64,7 @@ SPECIALS: dict[str, list[str]] = {
 _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
     "llava": ("<s>", "</s>", "<pad>", "<image>", None),
     "llava_onevision": (None, "<|im_end|>", "<|endoftext|>", "<image>", "<video>"),
+    "llava_video": (None, "<|im_end|>", "<|endoftext|>", "<image>", "<video>"),
     "qwen2_5_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "qwen3_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "idefics3": ("<|begin_of_text|>", "<end_of_utterance>", "<|finetune_right_pad_id|>", "<image>", None),
@@ -69,10 +73,15 @@ _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
 
 FAMILIES: tuple[str, ...] = tuple(SPECIALS)
 
+ONEVISION = ("llava_onevision", "llava_video")
+"""Families that differ in the layout of videos alone."""
+
 CELLS: list[tuple[str, str]] = [
     ("llava", "image"),
     ("llava_onevision", "image"),
     ("llava_onevision", "video"),
+    ("llava_video", "image"),
+    ("llava_video", "video"),
     ("qwen2_5_vl", "image"),
     ("qwen2_5_vl", "video"),
     ("qwen3_vl", "image"),
@@ -168,9 +177,10 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
             image_seq_length=16,
             tie_word_embeddings=False,
         )
-    if name == "llava_onevision":
+    if name in ("llava_onevision", "llava_video"):
+        kind = LlavaVideoConfig if name == "llava_video" else tf.LlavaOnevisionConfig
         # 3 x 3 patches: an odd side, as upstream (27 x 27), so that pooling a video frame has to round up
-        return tf.LlavaOnevisionConfig(
+        return kind(
             vision_config=_siglip(3, 42),
             text_config=tf.Qwen2Config(**text),
             vision_feature_layer=-1,
@@ -231,6 +241,7 @@ _BARE: dict[str, type[tf.PreTrainedModel]] = {
 _MODELS: dict[str, type[tf.PreTrainedModel]] = {
     "llava": tf.LlavaForConditionalGeneration,
     "llava_onevision": tf.LlavaOnevisionForConditionalGeneration,
+    "llava_video": LlavaVideoForConditionalGeneration,
     "qwen2_5_vl": tf.Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": tf.Qwen3VLForConditionalGeneration,
     "idefics3": tf.Idefics3ForConditionalGeneration,
@@ -309,21 +320,21 @@ def inputs(
     All but `plain` and `single` have left padding. In Idefics3 and SmolVLM the smallest image of `padded_ragged` is one
     unsplit tile with padded pixels, the only case in which the tower's blocks get a mask.
     For modality "video" read video for image; `ragged` then means different frame counts where a batch allows it
-    (Qwen) and a different number of videos otherwise (LLaVA-OneVision).
+    (Qwen) and a different number of videos otherwise (LLaVA-OneVision, LLaVA-Video).
     """
     if (family, modality) not in CELLS:
         raise KeyError(f"no cell ({family!r}, {modality!r}); there are {CELLS}")
     g = torch.Generator().manual_seed(seed)
     layout = _LAYOUT[case]
-    if family == "llava" or (family, modality) == ("llava_onevision", "video"):
+    if family == "llava" or (family in ONEVISION and modality == "video"):
         # one visual count per item: let the number of items differ instead
         layout = [(a, b, [1] * (2 if sizes == [2] else len(sizes))) for a, b, sizes in layout]
     role, ids = roles(family), special_ids(family)
     item_kinds = [sizes for _, _, sizes in layout]
     if family == "llava":
         visual, pixels = _llava(item_kinds, g)
-    elif family == "llava_onevision":
-        visual, pixels = _onevision(item_kinds, modality, g)
+    elif family in ONEVISION:
+        visual, pixels = _onevision(family, item_kinds, modality, g)
     elif family in ("idefics3", "smolvlm"):
         visual, pixels = _idefics(model, item_kinds, case, g)
     else:
@@ -362,7 +373,7 @@ def _placeholder(family: str, modality: str, item: list[int], ids: dict[str, int
     """One item's tokens in the prompt. `item`: [count] or, where it has parts, their layout (see the makers below)."""
     if family == "llava":
         return [ids["<image>"]] * item[0]
-    if family == "llava_onevision":
+    if family in ONEVISION:
         return [ids["<image>" if modality == "image" else "<video>"]] * item[0]
     if family in ("idefics3", "smolvlm"):
         rows, cols, per_tile = item
@@ -390,11 +401,12 @@ def _llava(rows: list[list[int]], g: torch.Generator) -> tuple[list[list[int]], 
 
 
 def _onevision(
-    rows: list[list[int]], modality: str, g: torch.Generator
+    family: str, rows: list[list[int]], modality: str, g: torch.Generator
 ) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     n = sum(map(len, rows))
-    if modality == "video":  # 4 frames pooled from 3 x 3 to 2 x 2, and one newline
-        return [[4 * 4 + 1]] * n, {"pixel_values_videos": torch.randn(n, 4, 3, 42, 42, generator=g)}
+    if modality == "video":  # 4 frames pooled from 3 x 3 to 2 x 2; a newline at the end, or after each row
+        count = 4 * 4 + 1 if family == "llava_onevision" else 4 * 2 * (2 + 1)
+        return [[count]] * n, {"pixel_values_videos": torch.randn(n, 4, 3, 42, 42, generator=g)}
     # Per size: (height, width), tiles, tokens. A lone image is the 3 x 3 overview, then its grid with one newline per
     # row of the grid; the last size fills 4 of the 6 rows of its 2 x 2 tiles and is un-padded to these.
     sizes = [((42, 42), 1, 9 + 3 * (3 + 1)), ((42, 84), 2, 9 + 3 * (6 + 1)), ((56, 84), 4, 9 + 4 * (6 + 1))]

@@ -10,8 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mmtoken.compressors import BUS, Compressor, Context, FlowCutHR, QueCC, QuoTA, RegionMask, TokenCorr
-from mmtoken.compressors import BUS, Compressor, Context, FlowCutHR, QueCC, RegionMask, TokenCorr, VideoScan
+from mmtoken.compressors import BUS, Compressor, Context, FlowCutHR, QueCC, QuoTA, RegionMask, TokenCorr, VideoScan
 from mmtoken.compressors.base import CacheEntry, Dims, Rows, States, TextTokens, TowerStates, Transition
 from mmtoken.compressors.registry import names
 from mmtoken.tokens import VisualTokens, pick_rows

@@ -20,6 +20,9 @@ NOT_THE_PLAIN_MODEL: dict[str, str] = {
     "downscale": "averages over cells, and images are re-sampled",
     "prumerge": "adds neighbours to every token, and outliers decide how many there are",
     "quecc": "the learned projector makes new features, however many are kept",
+    "quota": (
+        "resizes frames by their scores; the plain model only if these are equal and it pools bilinearly or not at all"
+    ),
     "regionmask": "masks its boxes at keep=1.0, the only value; without boxes nothing changes",
     "tokencorr": "keep is an upper bound; the density of the crops decides",
 }
@@ -28,11 +31,16 @@ NOT_THE_PLAIN_MODEL: dict[str, str] = {
 NO_EXACT_BUDGET: dict[str, tuple[str, str]] = {
     "downscale": ("at_most", "a smaller grid has whole rows and columns"),
     "dycoke": ("adaptive", "keep is what a reduced frame keeps, every fourth frame stays whole and images pass"),
+    "evs": ("adaptive", "the first frame always stays whole and images pass"),
     "prumerge": ("adaptive", "outliers of the attention decide, keep bounds it; adaptive=False meets it"),
     "quecc": ("adaptive", "cells of the grid become tokens, so only whole divisors of its side are possible"),
+    "quota": ("at_most", "a frame's grid has whole rows and columns"),
     "regionmask": ("adaptive", "boxes decide what goes, there is no budget"),
     "rekv": ("at_most", "keep counts the steps that come back for a question; the last chunk may be short"),
+    "stccacher": ("adaptive", "patches are computed less often in the tower, and none is dropped"),
+    "stcpruner": ("adaptive", "a share is one of each frame, and rounded there; counts are met"),
     "tokencorr": ("adaptive", "the density of each crop decides, keep bounds it"),
+    "vidcom2": ("adaptive", "shares of frames are rounded one by one; exact=True, the default, meets it"),
 }
 
 

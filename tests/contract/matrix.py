@@ -22,7 +22,7 @@ from mmtoken import compressors as shelf
 from mmtoken.compressors import Compressor, Trained
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, build, inputs
+from tests.backbones.tiny_models import CELLS, ONEVISION, build, inputs
 from tests.contract import reference
 
 Cell = tuple[str, str]
@@ -79,6 +79,15 @@ COMPRESSORS: dict[str, Compressor] = {
     "dycoke": shelf.DyCoke(keep=0.3),
     "dycoke-count": shelf.DyCoke(keep=3),
     "dycoke-renumber": shelf.DyCoke(keep=0.3, positions="renumber"),
+    "evs": shelf.EVS(keep=0.4),
+    "evs-count": shelf.EVS(keep=3),
+    "evs-renumber": shelf.EVS(keep=0.4, positions="renumber"),
+    "stcpruner": shelf.STCPruner(keep=0.4),
+    "stcpruner-dual": shelf.STCPruner(keep=2, score="dual_anchor", memory="window", window=2),
+    "stcpruner-keep": shelf.STCPruner(keep=0.4, positions="keep", chunk_frames=2),
+    "vidcom2": shelf.VidCom2(keep=0.4),
+    "vidcom2-official": shelf.VidCom2(keep=2, exact=False),
+    "vidcom2-keep": shelf.VidCom2(keep=0.4, positions="keep", floor=1),
     "holov": shelf.HoloV(keep=0.4, crops=4),
     "holov-count": shelf.HoloV(keep=3),
     "holov-renumber": shelf.HoloV(keep=0.4, positions="renumber"),
@@ -107,6 +116,8 @@ COMPRESSORS: dict[str, Compressor] = {
     "trips": shelf.TRIPS(keep=0.4),
     "trips-count": shelf.TRIPS(keep=5, layers=(1, 2), protect_fused=True, temperature=0.1),
     "trips-renumber": shelf.TRIPS(keep=0.4, normalise=True, positions="renumber"),
+    "stccacher": shelf.STCCacher(),
+    "stccacher-count": shelf.STCCacher(keep=3, interval=3, share_selection=True, similarity="l2"),
     "tome": shelf.ToMe(keep=0.5),
     "tome-count": shelf.ToMe(keep=3),
     "tome-renumber": shelf.ToMe(keep=0.5, positions="renumber"),
@@ -158,6 +169,9 @@ COMPRESSORS: dict[str, Compressor] = {
 ANCHOR_COMPRESSORS = ("divprune", "fastv", "pyramiddrop")
 ANCHOR_CELLS: tuple[Cell, ...] = (("llava", "image"), ("qwen3_vl", "image"), ("smolvlm", "image"))
 
+TILED: tuple[Cell, ...] = tuple((family, "image") for family in ONEVISION)
+"""Where an image may be several grids in one item."""
+
 DYNAMIC = ("qwen2_5_vl", "qwen3_vl")
 """Families whose number of visual tokens follows the size of the image."""
 
@@ -168,13 +182,15 @@ def refused(name: str, cell: Cell) -> str | None:
         return "before the processor"
     if COMPRESSORS[name].patchwise_projector and cell[0] != "llava":
         return "maps every patch by itself"
+    if "refresh" in COMPRESSORS[name].sites and (cell[0], "video") not in CELLS:
+        return "reads images only"
     return None
 
 
 def refused_when_called(name: str, cell: Cell) -> str | None:
     """Why a pair that can be attached (its family reads other inputs, too) refuses this kind of input."""
     method = COMPRESSORS[name]
-    if isinstance(method, shelf.RegionMask) and method.site == "llm_input" and cell == ("llava_onevision", "image"):
+    if isinstance(method, shelf.RegionMask) and method.site == "llm_input" and cell in TILED:
         return "do not fill one grid"
     return None
 
@@ -190,11 +206,14 @@ def compress(model: nn.Module, method: Compressor, **options: Any) -> mmtoken.Se
 
 
 def drops(name: str, cell: Cell) -> bool:
-    """Whether tokens leave the sequence: filled regions and presses leave all, DyCoke images, VLA-Pruner at first."""
+    """Whether tokens leave the sequence: filled regions and presses leave all, DyCoke and EVS images, VLA-Pruner at
+    first."""
+    """Whether tokens leave the sequence: filled regions, presses and the cacher leave all, DyCoke leaves images, and
+    VLA-Pruner all of them at first."""
     whole = ("regionmask-zero", "regionmask-mean", "regionmask-patches-zero", "vlapruner")
-    if name.startswith(whole) or COMPRESSORS[name].sites == {"cache"}:
+    if name.startswith(whole) or COMPRESSORS[name].sites in ({"cache"}, {"refresh"}):
         return False
-    return not name.startswith("dycoke") or cell[1] == "video"
+    return not name.startswith(("dycoke", "evs")) or cell[1] == "video"
 
 
 def stands_for_its_class(name: str) -> bool:

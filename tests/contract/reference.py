@@ -307,6 +307,8 @@ def _items(cell: tuple[str, str], inputs: oracle.Inputs, visual: Tensor, row: in
         per_row = [n // 16 for n in counts]
     elif cell == ("llava_onevision", "video"):
         per_row = [n // 17 for n in counts]
+    elif cell == ("llava_video", "video"):
+        per_row = [n // 24 for n in counts]
     else:
         sizes = iter((inputs[f"{cell[1]}_grid_thw"].prod(-1) // 4).tolist())
         per_row = []

@@ -49,8 +49,8 @@ def test_dropping_equals_masking(name: str, cell: Cell, case: str, attn: str) ->
     prompts, reports = prompts_of(method, session.reports, calls), session.reports
     # Padding moves positions in a plain call but not in `generate`, and scores may depend on them: a mask per call.
     keep, first = keeps(report, cell, case), keeps(reports[0], cell, case)
-    if "vision_layer" in method.sites or (method.merges and {"project", "llm_input"} & method.sites):
-        # Fewer patches in the tower give other features, and merging does.
+    if {"refresh", "vision_layer"} & method.sites or (method.merges and {"project", "llm_input"} & method.sites):
+        # Fewer patches in the tower give other features, and so does merging.
         real = inputs["attention_mask"].bool()
         entered = real if method.hides() else first[0] & real
         prompts = [as_entered(*both, entered) for both in zip(calls[:2], shortened[:2], strict=True)]

@@ -73,6 +73,10 @@ def frames_left(model: nn.Module, session: Any, batch: dict[str, Tensor], pick: 
     else:
         videos, frames = batch["pixel_values_videos"].shape[:2]
         grids = [(frames, 4, 1)] * videos  # 2 x 2 per frame after pooling, one newline at the end
+    if model.config.model_type == "llava_video":  # or after each of the 4 x 2 rows, where they stay
+        grids = [(frames, 4, 0)] * videos
+        newline = torch.tensor([False, False, True]).repeat(8 * videos)
+        where = where[~newline]
     start = 0
     for frames, area, newline in grids:
         left = pick(frames)

@@ -50,7 +50,8 @@ def test_a_leak_and_a_broken_bound_are_told() -> None:
     assert not any(endurance.summary(trace)["constant"] for trace in (leaking, slower, broken))
 
 
-def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endurance, "TINY", SMALL)
     out = tmp_path / "stream.json"
     code = endurance.main(["--frames", "60", "--every", "20", "--compressor", "videoscan", "--out", str(out)])
     result = json.loads(out.read_text())
@@ -67,7 +68,6 @@ def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_speed_compares_methods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(endurance, "HALF_BILLION", SMALL)
-    monkeypatch.setattr(endurance.speed, "__kwdefaults__", {**(endurance.speed.__kwdefaults__ or {}), "shape": SMALL})
     out = tmp_path / "speed.json"
     argv = [
         "--speed",

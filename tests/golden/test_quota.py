@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from torch import Tensor
 
+from mmtoken import VisualTokens
+from mmtoken.compressors import Context, QuoTA
 from mmtoken.compressors.framebudget import (
     ON_GRID,
     Assigner,
@@ -59,6 +63,42 @@ def check(case: GoldenCase) -> None:
         if case.expects(f"{assigner}_sequence_with_newline"):
             lines = [with_newlines(part, newline, len(part))[0] for part in parts]
             case.compare(f"{assigner}_sequence_with_newline", torch.cat(lines))
+        check_site(case, assigner, frames, newline)
         if assigner == "linspace" and case.expects("linspace_index"):
             case.compare("linspace_index", torch.cat([linspace_places(side * side, counts[n]) for n in left]))
     case.settle()
+
+
+class Patches(Context):
+    """A model that pools nothing."""
+
+    def __init__(self, patches: Tensor) -> None:
+        self.patches = patches
+
+    def unpooled(self, tokens: VisualTokens) -> list[Tensor | None]:
+        return [self.patches]
+
+
+def check_site(case: GoldenCase, assigner: Assigner, frames: Tensor, newline: Tensor) -> None:
+    """The same numbers from the compressor, on frames with and without newline tokens.
+
+    Only where the case's budget fits into the frames' own tokens, and its cap is the one of the frames' tokens.
+    """
+    settings = case.settings
+    budget, (count, side) = settings["budget"], frames.shape[:2]
+    capped = assigner == "bilinear" or math.isclose(settings["cap"], side * side / budget)
+    if budget > count * side * side or not capped:
+        return
+    scores = {"name": "given", "scores": case.take("frame_probability").tolist()}
+    method = QuoTA(keep=1.0, most=budget, assigner=assigner, power=settings["emphasis_power"], scorer=scores)
+    grid = ((count, side, side),)
+    plain = VisualTokens.from_features(frames.reshape(1, -1, frames.shape[-1]), grid=grid)
+    left = method.llm_input(plain, Patches(frames))
+    case.compare(f"{assigner}_tokens", left.features[0])
+    assert left.item.unique().tolist() == case.tensors[f"{assigner}_frame_id"].tolist()
+    sequence = f"{assigner}_sequence_with_newline"
+    lines = torch.cat([frames, newline.expand(count, side, 1, -1)], 2)
+    if case.expects(sequence) and case.shape(sequence)[0] <= lines.shape[:3].numel():
+        protected = torch.arange(lines.shape[:3].numel()) % (side + 1) == side
+        rows = VisualTokens.from_features(lines.reshape(1, -1, lines.shape[-1]), protected=protected[None], grid=grid)
+        case.compare(sequence, method.llm_input(rows, Patches(frames)).features[0])

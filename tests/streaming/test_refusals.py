@@ -153,13 +153,13 @@ def test_models_and_processors() -> None:
     model, processor = parts("llava_onevision")
     with pytest.raises(UnsupportedError, match="model_type='llava' has no streams; those that have: llava_onevision"):
         mmtoken.stream(build("llava"), processor)
-    with pytest.raises(UnsupportedError, match="processor is a .*without a tokenizer and a video token"):
+    with pytest.raises(UnsupportedError, match=r"processor is a .*without a tokenizer and a video token"):
         mmtoken.stream(model, processor.tokenizer)
     with mmtoken.compress(model, shelf.ToMe()), pytest.raises(MMTokenError, match="already has a compressor attached"):
         mmtoken.stream(model, processor)
-    with mmtoken.stream(model, processor, shelf.ToMe()):
-        with pytest.raises(MMTokenError, match="already has a compressor attached"):
-            mmtoken.stream(model, processor, shelf.ToMe())
+    live = mmtoken.stream(model, processor, shelf.ToMe())
+    with live, pytest.raises(MMTokenError, match="already has a compressor attached"):
+        mmtoken.stream(model, processor, shelf.ToMe())
     assert mmtoken.attached(model) is None
 
 

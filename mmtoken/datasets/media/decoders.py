@@ -138,11 +138,9 @@ def _path(handle: int) -> str:
 
 
 def _checked(library: str, pixels: Frame, facts: Facts) -> Frame:
-    if pixels.shape != (facts.height, facts.width, 3):
-        raise Refusal(
-            f"has frames of {facts.width} x {facts.height} and {library} gives {pixels.shape[1]} x {pixels.shape[0]}; "
-            "take backend='pyav'."
-        )
+    wanted = (facts.height, facts.width, 3)
+    if pixels.shape != wanted:
+        raise Refusal(f"has frames of shape {wanted} and {library} gives {pixels.shape}; take backend='pyav'.")
     return pixels
 
 

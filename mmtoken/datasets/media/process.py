@@ -134,11 +134,11 @@ class DecodingProcess:
             raise self._over("memory_bytes", f"{self._limits.memory_bytes} bytes of memory")
         if "bug" in header:
             self.close()
-            text = str(header["bug"]).strip()
-            reason = text.splitlines()[-1][:200] if text else "unknown"
+            story = str(header["bug"]).strip()
+            reason = story.splitlines()[-1][:200] if story else "unknown"
             raise Refusal(
                 f"cannot be read (the decoder stumbled: {reason}); write it anew, or take another backend.", True
-            ) from RuntimeError(text)
+            ) from RuntimeError(story)
         if into is not None and payload != len(into):
             raise self._broken(f"{payload} bytes instead of {len(into)}")
         body = memoryview(bytearray(payload)) if into is None else into
@@ -174,7 +174,10 @@ class DecodingProcess:
 
     def _ended(self) -> Refusal:
         """The process is gone; say why."""
-        code = self._process.wait()
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return self._broken("nothing")
         self.close()
         if code == -signal.SIGXCPU:
             return self._over("cpu_seconds", f"{self._limits.cpu_seconds:g} s of processor time")

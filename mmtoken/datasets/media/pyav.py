@@ -21,6 +21,7 @@ FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 """Demuxers that may be used. FFmpeg knows more, some of which (hls, concat) open other files."""
 
 _WALK = 16  # frames decoded rather than sought over: a seek throws away what the decoder holds
+_TRIES = 8  # key frames that may be damaged at the beginning of a file that is read all the same
 
 Frame = npt.NDArray[np.uint8]
 
@@ -121,7 +122,7 @@ class Video:
             self._decoded: Iterator[Any] | None = None
             self._last: Any = None
             self._size: tuple[int, int] | None = None
-            first = self._at(0)
+            first = self._first()
             self._size = first.shape[1], first.shape[0]
         except BaseException:
             self.close()
@@ -206,14 +207,24 @@ class Video:
         if stream.duration is not None:
             announced = ((stream.start_time or 0) + stream.duration) * float(stream.time_base)
         elif self._container.duration is not None:
-            announced = ((self._container.start_time or 0) + self._container.duration) / av.time_base
+            announced = self._container.duration / av.time_base  # Matroska's duration counts from 0
         else:
             return
-        if announced - last > 0.5 + 0.02 * announced:
+        if announced - last > 0.1 + 0.02 * announced:
             raise Refusal(
                 f"is cut off: its header announces {announced:.2f} s and its data end at {last:.2f} s; fetch or "
                 "record it anew."
             )
+
+    def _first(self) -> Frame:
+        """The first frame that can be decoded, or that of a later key frame: its size is that of the video."""
+        refusals = []
+        for when in [self._pts[0], *self._keys[1:_TRIES]]:
+            try:
+                return self._at(bisect.bisect_left(self._pts, when))
+            except Refusal as refusal:
+                refusals.append(refusal)
+        raise refusals[0]
 
     def _at(self, index: int) -> Frame:
         when = self._pts[index]
@@ -227,11 +238,15 @@ class Video:
         if self._decoded is None or behind or far:
             self._seek(self._keys[key])
         frame = self._walk(when)
-        if frame is None:  # nothing at or before it came out: the decoder wants to start earlier
+        if frame is None:  # damage on the way, from which a key frame may have recovered
+            self._seek(self._keys[key])
+            frame = self._walk(when)
+        if frame is None:  # the decoder wants to start earlier than at this key frame
             self._seek(None)
             frame = self._walk(when)
         if frame is None:
-            raise self._undecodable(when)
+            self._lose(index)
+            raise self._damaged(when)
         return self._picture(frame)
 
     def _seek(self, key: int | None) -> None:
@@ -268,7 +283,7 @@ class Video:
         self._damage.append((low, high))
 
     def _walk(self, when: int) -> Any:
-        """Decode up to the frame shown at `when`; None if all that comes out is later."""
+        """Decode up to the frame shown at `when`; None if it cannot be had from where the decoder stands."""
         if self._last is not None and self._last.pts == when:
             return self._last
         assert self._decoded is not None
@@ -277,10 +292,6 @@ class Video:
             for frame in self._decoded:
                 if frame.pts is None:
                     continue
-                if frame.is_corrupt:
-                    self._decoded = None
-                    self._damage.append((frame.pts, frame.pts + 1))
-                    raise self._damaged(when)
                 before, self._last = self._last, frame
                 if before is not None and frame.pts < before.pts:
                     self._decoded = self._last = None
@@ -288,17 +299,40 @@ class Video:
                         f"has time stamps that run backwards at {self._seconds(before.pts)}, so it is unknown which "
                         "frame belongs there; write it anew as MP4 or MKV."
                     )
+                if before is None and frame.pts > when:
+                    return None
+                if before is not None and self._lost(before.pts, frame.pts):
+                    break
+                if frame.is_corrupt:
+                    self._lose(bisect.bisect_left(self._pts, frame.pts))
+                    break
                 if frame.pts >= when:
                     return frame if frame.pts == when else before
         except av.FFmpegError as error:  # from the demuxer
             if isinstance(error, MemoryError):
                 raise
             self._spoil(None)
-        if len(self._damage) > known:
-            self._decoded = None
-            raise self._damaged(when)
         self._decoded = None
-        return self._last
+        if len(self._damage) == known:  # the end, or a decoder that gave nothing for what it got
+            self._lose(bisect.bisect_left(self._pts, when))
+        if any(low <= when < high for low, high in self._damage):
+            raise self._damaged(when)
+        return None
+
+    def _lost(self, before: int, now: int) -> bool:
+        """No frame came out for a time stamp in between: a decoder passes over what it does not understand."""
+        first = bisect.bisect_right(self._pts, before)
+        # VP8 has packets that are never shown.
+        if self._stream.codec_context.name == "vp8" or first == len(self._pts) or self._pts[first] >= now:
+            return False
+        self._lose(first)
+        return True
+
+    def _lose(self, index: int) -> None:
+        """Mark a frame as damaged, and those up to the next key frame, which may be built on it."""
+        following = bisect.bisect_right(self._keys, self._pts[index])
+        high = self._keys[following] if following < len(self._keys) else float("inf")
+        self._damage.append((self._pts[index], high))
 
     def _picture(self, frame: Any) -> Frame:
         check_size(frame.width, frame.height, self._limits)
@@ -319,9 +353,6 @@ class Video:
 
     def _damaged(self, when: int) -> Refusal:
         return Refusal(f"is damaged at {self._seconds(when)}; take another time, or fetch the file anew.")
-
-    def _undecodable(self, when: int) -> Refusal:
-        return Refusal(f"shows nothing at {self._seconds(when)}; take another time, or write the file anew.")
 
 
 class Camera:
@@ -369,7 +400,11 @@ def check_size(width: int, height: int, limits: MediaLimits) -> None:
         Refusal: it is one of these.
     """
     if width < 1 or height < 1:
-        raise Refusal(f"claims frames of {width} x {height} pixels; give {KINDS}.")
+        # FFmpeg says the same of a size above the limit that it was given.
+        raise Refusal(
+            f"claims frames of {width} x {height} pixels, or of more than max_pixels={limits.max_pixels}; scale it "
+            f"down, raise that limit, or give {KINDS}."
+        )
     if width * height > limits.max_pixels:
         raise Refusal(
             f"claims frames of {width} x {height} = {width * height} pixels, above max_pixels={limits.max_pixels}; "

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import resource
-import sys
 import traceback
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -77,11 +76,11 @@ def _open(request: dict[str, Any], limits: MediaLimits, replies: BinaryIO) -> De
 def _frames(source: Decoder | Camera | None, indices: Any, replies: BinaryIO) -> None:
     if isinstance(source, Camera):
         time, pixels = source.read()
-        _send(replies, {"shape": list(pixels.shape), "time": time}, memoryview(pixels).cast("B"))
+        _send(replies, {"shape": list(pixels.shape), "time": time}, pixels.reshape(-1).data)
         return
     assert source is not None
     for pixels in source.frames([int(index) for index in indices]):
-        _send(replies, {"shape": list(pixels.shape)}, memoryview(np.ascontiguousarray(pixels)).cast("B"))
+        _send(replies, {"shape": list(pixels.shape)}, pixels.reshape(-1).data)
 
 
 def _send(replies: BinaryIO, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
@@ -134,4 +133,4 @@ def _allow_no_files(backend: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

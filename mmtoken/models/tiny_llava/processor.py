@@ -6,6 +6,8 @@ becomes `<bos>`, 64 x `<image>`, the question, `<assistant>`, the answer, `<eos>
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
@@ -43,9 +45,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per word, digit and punctuation mark; upper case and British "colour" are accepted; pads on the left."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+def build_tokenizer(
+    vocabulary: Sequence[str] = VOCABULARY, special: Mapping[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """One id per word, digit and punctuation mark; upper case and British "colour" are accepted; pads on the left.
+
+    Args:
+        vocabulary: words by id; it begins with `SPECIAL`.
+        special: further special tokens, by the names under which a processor looks for them.
+    """
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("colour", "color")])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
@@ -64,7 +73,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>", "assistant_token": "<assistant>"},
+        extra_special_tokens={"image_token": "<image>", "assistant_token": "<assistant>", **(special or {})},
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
