@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mmtoken
-from mmtoken.compressors import ReKV, STCCacher, VideoScan
+from mmtoken.compressors import DyCoke, ReKV, Sequential, STCCacher, STCPruner, VideoScan
 from mmtoken.compressors.base import Compressor
 from mmtoken.errors import InputError, MMTokenError
 from mmtoken.streaming.stream import Stream
@@ -22,7 +22,8 @@ METHODS: dict[str, Compressor | None] = {
     "second": SecondOldest(),
     "videoscan": VideoScan(bank=4, extra_kv=1),
     "cacher": STCCacher(keep=0.5),
-    "rekv": ReKV(keep=2),
+    "dycoke": DyCoke(),
+    "pruner+cacher+rekv": Sequential([STCCacher(keep=0.5), STCPruner(keep=2, positions="keep"), ReKV(keep=2)]),
 }
 
 
@@ -158,7 +159,7 @@ def test_evict_may_not_keep_too_much() -> None:
     model, processor = parts("llava_onevision")
     with mmtoken.stream(model, processor, Stubborn(), memory_tokens=8) as live:
         push_all(live, clip(2))
-        with pytest.raises(MMTokenError, match="Stubborn.evict returned None for 3 steps, over=True"):
+        with pytest.raises(MMTokenError, match=r"Stubborn\.evict returned None for 3 steps, over=True"):
             live.push(clip(1)[0], 9.0)
         assert live.report.frames_held == 2
 

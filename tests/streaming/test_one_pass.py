@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mmtoken
-from mmtoken.compressors import ReKV
+from mmtoken.compressors import DyCoke, ReKV, STCCacher, STCPruner
 from mmtoken.compressors.base import Compressor
 from tests.streaming import oneshot
 from tests.streaming.methods import Loudest, SecondOldest, Thins, held_rows
@@ -31,7 +31,7 @@ def stream_logits(model: Any, processor: Any, video: Any, method: Compressor | N
 # With "renumber" generate() closes the box of a whole video of Qwen2.5-VL, a stream that of every step.
 @pytest.mark.parametrize(
     ("family", "positions"),
-    [*((f, "keep") for f in FAMILIES), ("llava_onevision", "renumber"), ("qwen3_vl", "renumber")],
+    [*((f, "keep") for f in FAMILIES), *((f, "renumber") for f in FAMILIES if f != "qwen2_5_vl")],
 )
 def test_tokens_that_never_enter_are_as_in_generate(family: str, positions: str) -> None:
     model, processor = parts(family)
@@ -131,7 +131,7 @@ def test_positions_agree_while_nothing_leaves(family: str) -> None:
 def test_what_comes_after_does_not_depend_on_what_left_long_ago(family: str) -> None:
     """Contiguous positions of the last steps are those of a stream that began with them, if these saw nothing else."""
     model, processor = parts(family, layers=1)
-    frames = 2 if family != "llava_onevision" else 1
+    frames = 2 if family.startswith("qwen") else 1
     with mmtoken.stream(model, processor, memory_tokens=10_000) as live:
         push_all(live, clip(8)[:frames])
         length = live.report.kv_tokens
@@ -163,7 +163,7 @@ def test_retrieving_everything_is_the_dense_stream(family: str, window: bool, po
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_brings_back_its_own_steps(family: str, window: bool) -> None:
     model, processor = parts(family)
-    video = clip(10 if family != "llava_onevision" else 6)
+    video = clip(10 if family.startswith("qwen") else 6)
     if family == "qwen3_vl":
         video = video[:6]
     given = oneshot.prompt(model, processor, video, QUESTION)
@@ -237,3 +237,32 @@ def test_the_attention_that_a_row_paid_is_that_of_the_model() -> None:
             for place, row in ((0, first), (1, end - 1)):
                 expected = given.attention[layer][:, row, first:end].mean(0)
                 torch.testing.assert_close(seen[number][layer][place], expected, atol=1e-5, rtol=1e-4)
+
+
+# --- methods of the library -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [STCPruner(keep=2), STCPruner(keep=0.5, positions="keep"), DyCoke()])
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_video", "qwen3_vl"])
+def test_methods_that_take_frames_in_order_leave_the_same_in_a_stream(family: str, method: Compressor) -> None:
+    model, processor = parts(family)
+    video = clip(6)
+    with torch.no_grad(), mmtoken.compress(model, method) as session:
+        logits = generated(model, inputs(processor, video, QUESTION), 2)[1]
+        assert session.report.tokens_out[0] < session.report.tokens_in[0]
+    with mmtoken.stream(model, processor, method, positions="true", memory_tokens=10_000) as live:
+        push_all(live, video)
+        close(answered(live, QUESTION, 2)[1], logits)
+
+
+def test_a_tower_that_reuses_frames_goes_on_from_push_to_push() -> None:
+    model, processor = parts("llava_onevision")
+    method = STCCacher(keep=0.5)
+    with torch.no_grad(), mmtoken.compress(model, method):
+        logits = generated(model, inputs(processor, clip(6), QUESTION), 2)[1]
+    with mmtoken.stream(model, processor, method, positions="true", memory_tokens=10_000) as live:
+        push_all(live, clip(6))
+        found = answered(live, QUESTION, 2)[1]
+    close(found, logits)
+    dense = stream_logits(model, processor, clip(6), None, positions="true", memory_tokens=10_000)
+    assert (found[0] - dense).abs().max() > 1e-3
