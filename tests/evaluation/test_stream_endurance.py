@@ -24,7 +24,9 @@ def test_the_bound_holds_at_every_frame(method: VideoScan | None) -> None:
     assert (trace.rows <= trace.limit).all()
     assert trace.rows[-1] == (trace.limit if method is None else 7)
     assert len(set(trace.rows[64:].tolist())) == 1  # full from then on
-    assert (trace.rss > 2**20).all() and (trace.seconds > 0).all() and len(trace.ttft_ms) == 3
+    assert (
+        (trace.rss > 2**20).all() and (trace.seconds > 0).all() and (trace.fixed > 0).all() and len(trace.ttft_ms) == 3
+    )
     found = endurance.summary(trace)
     assert found["bound_held_at_every_frame"] and found["most_rows_held"] == int(trace.rows.max())
 
@@ -35,18 +37,22 @@ def test_drift_is_the_slope_of_medians() -> None:
     rising = 100 + np.arange(2000) * 0.01  # 10 per 1,000 frames, of about 111 in the middle
     rising[500::97] += 1000  # single slow frames
     assert endurance.drift(rising, 400) == pytest.approx(100 * 10 / np.median(rising[400:]), rel=0.02)
+    fixed = 1 + np.arange(2000) * 0.001  # work that slows down alike does not count
+    assert endurance.drift(50 * fixed, 400, beside=fixed) == pytest.approx(0, abs=0.1)
+    assert endurance.drift(50 * fixed, 400) > 30
     with pytest.raises(InputError, match="2000 frames leave 1 windows of 100 behind frame 1850"):
         endurance.drift(steady, 1850)
 
 
 def test_a_leak_and_a_broken_bound_are_told() -> None:
     frames = 1000
-    good = endurance.Trace("x", 8, np.full(frames, 1e9), np.full(frames, 0.01), np.full(frames, 8), [])
+    even = np.full(frames, 0.01)
+    good = endurance.Trace("x", 8, np.full(frames, 1e9), even, even, np.full(frames, 8), [])
     assert endurance.summary(good)["constant"]
-    leaking = endurance.Trace("x", 8, 1e9 + np.arange(frames) * 3e4, good.seconds, good.rows, [])
+    leaking = endurance.Trace("x", 8, 1e9 + np.arange(frames) * 3e4, even, even, good.rows, [])
     assert endurance.summary(leaking)["rss_percent_per_1000_frames"] > 1
-    slower = endurance.Trace("x", 8, good.rss, 0.01 + np.arange(frames) * 1e-6, good.rows, [])
-    broken = endurance.Trace("x", 8, good.rss, good.seconds, np.where(np.arange(frames) == 700, 9, 8), [])
+    slower = endurance.Trace("x", 8, good.rss, 0.01 + np.arange(frames) * 1e-6, even, good.rows, [])
+    broken = endurance.Trace("x", 8, good.rss, even, even, np.where(np.arange(frames) == 700, 9, 8), [])
     assert not any(endurance.summary(trace)["constant"] for trace in (leaking, slower, broken))
 
 
