@@ -4,9 +4,11 @@
     python -m mmtoken.evaluation.stream_endurance --speed --device cuda --out stream_speed.json
 
 The first form notes resident memory and CPU time of every frame and puts a table (.md) and a figure (.png) beside the
-JSON. Other work on the machine makes CPU time drift, too; so beside every frame a fixed piece of work is timed (the same
-tower and decoder on one frame that never changes), and what must not drift is the ratio of the two. The second compares frames per second, time to the first token and bytes held, dense and compressed, on a network
-of the shape of LLaVA-OneVision-0.5B. Nothing here says anything about accuracy.
+JSON. Other work on the machine makes CPU time drift, too; so beside every frame a fixed piece of work is timed (the
+same tower and decoder on one frame that never changes), and what must not drift is the ratio of the two.
+
+The second compares frames per second, time to the first token and bytes held, dense and compressed, on a network of the
+shape of LLaVA-OneVision-0.5B. Nothing here says anything about accuracy.
 """
 
 from __future__ import annotations
