@@ -58,7 +58,7 @@ IMAGE_METHODS = ("divprune", "visionzip", "cdpruner", "tome", "fastv", "pyramidd
 MEMORIES = (512, 256, 128)
 """Tokens held in streams: all tokens of 32, 16 and 8 frames."""
 
-_TOWER_SITES = {"prepare", "frames", "vision_layer", "refresh"}
+_TOWER_SITES = {"frames", "vision_layer", "refresh"}
 _TOWER_NEEDS = {"tower_attention", "tower_keys", "tower_states"}
 
 
