@@ -24,7 +24,7 @@ ALLOWED = {
     "streaming": {"errors", "tokens", "compressors", "backbones", "engine"},
     "datasets": {"errors", "tokens"},
     "training": {"errors", "tokens", "wholefile", "datasets"},
-    "models": {"errors", "tokens", "wholefile", "datasets", "engine", "training"},
+    "models": {"errors", "tokens", "wholefile", "compressors", "datasets", "engine", "training"},
     "hub": {"errors", "wholefile", "backbones", "compressors", "engine", "models"},
     "evaluation": {
         "errors",

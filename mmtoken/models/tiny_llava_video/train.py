@@ -132,8 +132,10 @@ def validation_batches(seed: int, clips: int, length: int = 16, active: int | No
 def save(model: TinyLlavaVideo, step: int, path: Path) -> None:
     """A checkpoint that `export` reads, written whole."""
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    checkpoint = {"state_dict": weights, "global_step": step, "epoch": 0}
+    model.on_save_checkpoint(checkpoint)
     with whole_file(path) as file:
-        torch.save({"state_dict": weights, "global_step": step, "epoch": 0}, file)
+        torch.save(checkpoint, file)
 
 
 def _say(line: str) -> None:
@@ -141,13 +143,18 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def train(options: argparse.Namespace) -> dict[str, Any]:
-    """Run it; the content of metrics.json."""
+def train(options: argparse.Namespace, model: TinyLlavaVideo | None = None) -> dict[str, Any]:
+    """Run it; the content of metrics.json.
+
+    Args:
+        options: what `parser` describes.
+        model: another objective on the same clips; None: that of tiny-llava-video.
+    """
     begin = time.monotonic()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    gaps = Gaps()
+    gaps = Gaps() if model is None else model.gaps
     before = torch.load(options.start_from, map_location="cpu", weights_only=True) if options.start_from else None
     first = before["global_step"] if before else 0
     drawn = Drawn(
@@ -160,15 +167,17 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bfloat16 = device.type == "cuda" and not options.float32
     torch.set_float32_matmul_precision("high")
-    model = TinyLlavaVideo(
-        gaps=gaps,
-        object_layer=options.object_layer,
-        learning_rate=options.learning_rate,
-        tower_learning_rate=options.tower_learning_rate,
-        minutes=options.minutes,
-        attention=options.attention,
-        seed=options.seed,
-    ).to(device)
+    if model is None:
+        model = TinyLlavaVideo(
+            gaps=gaps,
+            object_layer=options.object_layer,
+            learning_rate=options.learning_rate,
+            tower_learning_rate=options.tower_learning_rate,
+            minutes=options.minutes,
+            attention=options.attention,
+            seed=options.seed,
+        )
+    model = model.to(device)
     if before:
         model.load_state_dict(before["state_dict"])
     model.train()
@@ -230,26 +239,33 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The options of `train`."""
+    made = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--minutes", type=float, default=7.0, help="wall time of the training steps")
+    made.add_argument("--steps", type=int, default=None, help="end earlier, after so many steps")
+    made.add_argument("--out", required=True, help="folder of metrics.json and last.ckpt")
+    made.add_argument("--start-from", default=None, help="a last.ckpt whose weights to go on with, on further clips")
+    made.add_argument("--frames", type=int, default=1024, help="frames per step")
+    made.add_argument("--questions", type=int, default=10, help="questions per clip")
+    made.add_argument("--workers", type=int, default=5, help="processes that draw clips")
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--device", default=None)
+    made.add_argument("--float32", action="store_true", help="no bfloat16 on a GPU")
+    made.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+    made.add_argument("--object-layer", type=int, default=5)
+    made.add_argument("--learning-rate", type=float, default=1e-3)
+    made.add_argument("--tower-learning-rate", type=float, default=3e-4)
+    made.add_argument("--validation-clips", type=int, default=256)
+    made.add_argument("--check-seconds", type=float, default=60.0)
+    return made
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mmtoken.models.tiny_llava_video.train", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=7.0, help="wall time of the training steps")
-    parser.add_argument("--steps", type=int, default=None, help="end earlier, after so many steps")
-    parser.add_argument("--out", required=True, help="folder of metrics.json and last.ckpt")
-    parser.add_argument("--start-from", default=None, help="a last.ckpt whose weights to go on with, on further clips")
-    parser.add_argument("--frames", type=int, default=1024, help="frames per step")
-    parser.add_argument("--questions", type=int, default=10, help="questions per clip")
-    parser.add_argument("--workers", type=int, default=5, help="processes that draw clips")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 on a GPU")
-    parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
-    parser.add_argument("--object-layer", type=int, default=5)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--tower-learning-rate", type=float, default=3e-4)
-    parser.add_argument("--validation-clips", type=int, default=256)
-    parser.add_argument("--check-seconds", type=float, default=60.0)
-    options = parser.parse_args(argv)
+    options = parser("python -m mmtoken.models.tiny_llava_video.train", str(__doc__)).parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     train(options)
 
