@@ -110,7 +110,7 @@ def streaming_settings() -> list[Setting]:
         found.append(Setting(f"oldest leave {memory}", memory=memory, role="control"))
         found.append(Setting(f"fewer frames {memory}", frames=memory // 16, memory=memory, role="control"))
         share = memory / 1024
-        for name in (*CONTROLS, "stcpruner", "divprune"):
+        for name in (*CONTROLS, "stcpruner", "dycoke", "divprune"):
             role = "control" if name in CONTROLS else "method"
             found.append(Setting(f"{name} {memory}", name, {"keep": share}, memory=memory, role=role))
     found.append(Setting("videoscan 64", "videoscan", memory=64))
@@ -130,9 +130,9 @@ def videoscan_settings() -> list[Setting]:
     ]
 
 
-def held_out(clips: int, frames: int, active: int | None = None) -> list[Clip]:
-    """Clips of the test split, with one question of each type that they can answer at their end."""
-    return list(MovingShapes(split_seed(0, "test"), clips, (frames, frames), active=active))
+def held_out(clips: int, frames: int, questions: int | None = None) -> list[Clip]:
+    """Clips of the test split, asked at their end; None: one question of each type that a clip can answer."""
+    return list(MovingShapes(split_seed(0, "test"), clips, (frames, frames), questions))
 
 
 def shown(clip: Clip, frames: int | None) -> list[int]:
@@ -505,7 +505,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--what", default="offline", help="offline,streaming,cacher,quota,videoscan")
     parser.add_argument("--model", default="tiny-llava-video", help="zoo entry or folder")
     parser.add_argument("--clips", type=int, default=200, help="clips of 16 frames")
-    parser.add_argument("--long-clips", type=int, default=100, help="clips of 64 frames, for streams")
+    parser.add_argument(
+        "--long-clips", type=int, default=50, help="clips of 64 frames with 12 questions each, for streams"
+    )
     parser.add_argument("--out", required=True, help="folder of the JSON files")
     parser.add_argument("--name", default="", help="goes into the file names: video-<part>-<name>.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -518,7 +520,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     short = held_out(options.clips, 16)
-    long = held_out(options.long_clips, 64)
+    long = held_out(options.long_clips, 64, 12)
     parts = options.what.split(",")
     known = {"offline", "streaming", "cacher", "quota", "videoscan"}
     if not set(parts) <= known:
