@@ -111,7 +111,9 @@ class Framing(ABC):
             first: seconds of the stream's first frame.
             choose: what enters the decoder.
         """
-        output = self.backbone.root.get_video_features(**call, return_dict=True)
+        # By place: transformers 5.17 calls the argument of LLaVA-OneVision `pixel_values`.
+        rest = {name: value for name, value in call.items() if name != "pixel_values_videos"}
+        output = self.backbone.root.get_video_features(call["pixel_values_videos"], **rest, return_dict=True)
         before, tokens = choose(output, self.backbone, call, self.tail)
         total = before.source.shape[1]
         source, features = tokens.source[0][tokens.valid[0]], tokens.features[0][tokens.valid[0]]
