@@ -32,7 +32,8 @@ class LlavaOneVision(Backbone):
             module=tower,
             blocks=blocks,
             feature_block=hidden_state_block(self.model.config.vision_feature_layer, len(blocks)),
-            prefix=0,
+            # SigLIP has no CLS; a CLIP tower has one, which "default" drops.
+            prefix=int(self.model.config.vision_config.model_type == "clip_vision_model"),
             unit=1,
             heads=self.model.config.vision_config.num_attention_heads,
         )

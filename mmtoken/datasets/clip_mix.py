@@ -38,7 +38,7 @@ class ClipBatches:
     """
 
     seed: int
-    frames: int = 2048
+    frames: int = 1024
     questions: int = 10
     shortest: int = MIN_FRAMES
     longest: int = 24
@@ -106,7 +106,7 @@ class ClipMix(L.LightningDataModule):
         validation_clips: held-out clips of 16 frames, one question of each type at their end.
     """
 
-    def __init__(self, seed: int = 0, frames: int = 2048, questions: int = 10, validation_clips: int = 256) -> None:
+    def __init__(self, seed: int = 0, frames: int = 1024, questions: int = 10, validation_clips: int = 256) -> None:
         super().__init__()
         self.train = ClipBatches(split_seed(seed, "train"), frames, questions)
         self.validation = MovingShapes(split_seed(seed, "validation"), validation_clips)

@@ -170,6 +170,7 @@ def train(options: argparse.Namespace, model: TinyLlavaVideo | None = None) -> d
     if model is None:
         model = TinyLlavaVideo(
             gaps=gaps,
+            object_layer=options.object_layer,
             learning_rate=options.learning_rate,
             tower_learning_rate=options.tower_learning_rate,
             minutes=options.minutes,
@@ -248,13 +249,14 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=None, help="end earlier, after so many steps")
     made.add_argument("--out", required=True, help="folder of metrics.json and last.ckpt")
     made.add_argument("--start-from", default=None, help="a last.ckpt whose weights to go on with, on further clips")
-    made.add_argument("--frames", type=int, default=2048, help="frames per step")
+    made.add_argument("--frames", type=int, default=1024, help="frames per step")
     made.add_argument("--questions", type=int, default=10, help="questions per clip")
     made.add_argument("--workers", type=int, default=5, help="processes that draw clips")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--device", default=None)
     made.add_argument("--float32", action="store_true", help="no bfloat16 on a GPU")
     made.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"))
+    made.add_argument("--object-layer", type=int, default=5)
     made.add_argument("--learning-rate", type=float, default=1e-3)
     made.add_argument("--tower-learning-rate", type=float, default=3e-4)
     made.add_argument("--validation-clips", type=int, default=256)
