@@ -236,6 +236,21 @@ def grid_places(tokens: VisualTokens) -> Tensor:
     return tokens.source - before.gather(1, tokens.source)
 
 
+def frame_places(tokens: VisualTokens, row: int) -> list[Tensor]:
+    """Per frame of item `row`, int[n]: where its eligible tokens are; frames of which nothing is left are passed over.
+
+    Images, and items that are no grid, count as one frame.
+    """
+    grid = tokens.grid[row]
+    places = tokens.eligible[row].nonzero()[:, 0]
+    if grid is None or grid[0] == 1:
+        return [places] if len(places) else []
+    frames = tokens.item[row, places]
+    counts = torch.bincount(frames, minlength=grid[0]).tolist()
+    ordered = places[frames.argsort(stable=True)]
+    return [part for part in ordered.split(counts) if len(part)]
+
+
 def pick_rows(tensor: Tensor, index: Tensor) -> Tensor:
     """tensor[b, index[b]]: [B, L, ...] and int[B, n] give [B, n, ...]; indices out of range raise."""
     if len(index) == 1:

@@ -12,6 +12,7 @@ from mmtoken.compressors.controls import UniformGrid as UniformGrid
 from mmtoken.compressors.dart import DART as DART
 from mmtoken.compressors.divprune import DivPrune as DivPrune
 from mmtoken.compressors.dycoke import DyCoke as DyCoke
+from mmtoken.compressors.evs import EVS as EVS
 from mmtoken.compressors.expectedattention import ExpectedAttention as ExpectedAttention
 from mmtoken.compressors.fastv import FastV as FastV
 from mmtoken.compressors.flowcut import FlowCut as FlowCut
@@ -24,10 +25,12 @@ from mmtoken.compressors.pyramiddrop import PyramidDrop as PyramidDrop
 from mmtoken.compressors.quecc import QueCC as QueCC
 from mmtoken.compressors.quota import QuoTA as QuoTA
 from mmtoken.compressors.regionmask import RegionMask as RegionMask
+from mmtoken.compressors.rekv import ReKV as ReKV
 from mmtoken.compressors.snapkv import SnapKV as SnapKV
 from mmtoken.compressors.sparsevlm import SparseVLM as SparseVLM
 from mmtoken.compressors.sparsevlm import SparseVLMPlus as SparseVLMPlus
 from mmtoken.compressors.stccacher import STCCacher as STCCacher
+from mmtoken.compressors.stcpruner import STCPruner as STCPruner
 from mmtoken.compressors.tca import TCA as TCA
 from mmtoken.compressors.tokencorr import TokenCorr as TokenCorr
 from mmtoken.compressors.tome import ToMe as ToMe
@@ -35,6 +38,7 @@ from mmtoken.compressors.tova import TOVA as TOVA
 from mmtoken.compressors.trained import Trained as Trained
 from mmtoken.compressors.transprune import TransPrune as TransPrune
 from mmtoken.compressors.trips import TRIPS as TRIPS
+from mmtoken.compressors.vidcom2 import VidCom2 as VidCom2
 from mmtoken.compressors.videoscan import VideoScan as VideoScan
 from mmtoken.compressors.visionzip import VisionZip as VisionZip
 from mmtoken.compressors.vispruner import VisPruner as VisPruner

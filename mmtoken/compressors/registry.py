@@ -128,7 +128,7 @@ def facts_of(name: str, cls: type[Compressor]) -> dict[str, str]:
         "sites": ", ".join(site for site in SITES if site in cls.sites),
         "needs": ", ".join(sorted(cls.needs)) or "features only",
         "sees the question": _yes(not cls.query_agnostic),
-        "streaming-legal": _yes(cls.causal and cls.query_agnostic),
+        "streaming-legal": _yes(cls.causal and (cls.query_agnostic or cls.sites == {"retrieve"})),
         "trainable": _yes(cls.trainable),
         "budget": cls.budget.replace("_", " "),
         # Entries of a cache have their positions already.

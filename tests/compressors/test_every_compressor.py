@@ -21,7 +21,7 @@ from mmtoken.errors import InputError, KeepError
 from tests.compressors.batches import SETTINGS, act, budgets, item, lengths, make, subset
 
 every = pytest.mark.parametrize("name", SETTINGS)
-budgeted = pytest.mark.parametrize("name", [name for name in SETTINGS if name != "regionmask"])
+budgeted = pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("regionmask", "rekv")])
 reading = pytest.mark.parametrize(
     "name",
     [
@@ -32,8 +32,10 @@ reading = pytest.mark.parametrize(
         "holov",
         "prumerge",
         "pyramiddrop",
+        "stcpruner",
         "tome",
         "trips",
+        "vidcom2",
         "visionzip",
         "vispruner",
     ],
@@ -228,6 +230,18 @@ BAD_SETTINGS = [
         for value in ("0.5", 0.5, (), (0.0,), (1.5,), (0.4, 0.5), (64,), (True,), (0.5,))
     ),
     *(("random", "seed", value) for value in (-1, True, "0", 1.0, None, np.int64(1))),
+    *(("stcpruner", "score", value) for value in ("cosine", None, True)),
+    *(("stcpruner", "memory", value) for value in ("list", None, True)),
+    *(("stcpruner", "alpha", value) for value in (-0.1, 1.1, math.nan, 1, True, "0.5", None)),
+    *(("stcpruner", "channel_ratio", value) for value in (0.0, -0.1, 1.1, math.nan, 1, True, "0.5", None)),
+    *(
+        (name, field, value)
+        for name, field in (("stcpruner", "window"), ("stcpruner", "chunk_frames"))
+        for value in (0, -1, True, "4", 4.0, None)
+    ),
+    *(("vidcom2", "channel_ratio", value) for value in (0.0, -0.1, 1.1, math.nan, 1, True, "0.5", None)),
+    *(("vidcom2", "exact", value) for value in (1, None, "yes")),
+    *(("vidcom2", "floor", value) for value in (-1, True, "1", 1.0, None)),
     *(("videoscan", "bank", value) for value in (1, 0, True, "64", 64.0)),
     *(("videoscan", "extra_kv", value) for value in (-1, True, "8", 8.0, None)),
     *(("videoscan", "kv_select_layer", value) for value in (-1, True, "8", 8.0)),

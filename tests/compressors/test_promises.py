@@ -31,12 +31,16 @@ NOT_THE_PLAIN_MODEL: dict[str, str] = {
 NO_EXACT_BUDGET: dict[str, tuple[str, str]] = {
     "downscale": ("at_most", "a smaller grid has whole rows and columns"),
     "dycoke": ("adaptive", "keep is what a reduced frame keeps, every fourth frame stays whole and images pass"),
+    "evs": ("adaptive", "the first frame always stays whole and images pass"),
     "prumerge": ("adaptive", "outliers of the attention decide, keep bounds it; adaptive=False meets it"),
     "quecc": ("adaptive", "cells of the grid become tokens, so only whole divisors of its side are possible"),
     "quota": ("at_most", "a frame's grid has whole rows and columns"),
     "regionmask": ("adaptive", "boxes decide what goes, there is no budget"),
+    "rekv": ("at_most", "keep counts the steps that come back for a question; the last chunk may be short"),
     "stccacher": ("adaptive", "patches are computed less often in the tower, and none is dropped"),
+    "stcpruner": ("adaptive", "a share is one of each frame, and rounded there; counts are met"),
     "tokencorr": ("adaptive", "the density of each crop decides, keep bounds it"),
+    "vidcom2": ("adaptive", "shares of frames are rounded one by one; exact=True, the default, meets it"),
 }
 
 

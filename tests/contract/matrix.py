@@ -79,6 +79,15 @@ COMPRESSORS: dict[str, Compressor] = {
     "dycoke": shelf.DyCoke(keep=0.3),
     "dycoke-count": shelf.DyCoke(keep=3),
     "dycoke-renumber": shelf.DyCoke(keep=0.3, positions="renumber"),
+    "evs": shelf.EVS(keep=0.4),
+    "evs-count": shelf.EVS(keep=3),
+    "evs-renumber": shelf.EVS(keep=0.4, positions="renumber"),
+    "stcpruner": shelf.STCPruner(keep=0.4),
+    "stcpruner-dual": shelf.STCPruner(keep=2, score="dual_anchor", memory="window", window=2),
+    "stcpruner-keep": shelf.STCPruner(keep=0.4, positions="keep", chunk_frames=2),
+    "vidcom2": shelf.VidCom2(keep=0.4),
+    "vidcom2-official": shelf.VidCom2(keep=2, exact=False),
+    "vidcom2-keep": shelf.VidCom2(keep=0.4, positions="keep", floor=1),
     "holov": shelf.HoloV(keep=0.4, crops=4),
     "holov-count": shelf.HoloV(keep=3),
     "holov-renumber": shelf.HoloV(keep=0.4, positions="renumber"),
@@ -197,12 +206,14 @@ def compress(model: nn.Module, method: Compressor, **options: Any) -> mmtoken.Se
 
 
 def drops(name: str, cell: Cell) -> bool:
+    """Whether tokens leave the sequence: filled regions and presses leave all, DyCoke and EVS images, VLA-Pruner at
+    first."""
     """Whether tokens leave the sequence: filled regions, presses and the cacher leave all, DyCoke leaves images, and
     VLA-Pruner all of them at first."""
     whole = ("regionmask-zero", "regionmask-mean", "regionmask-patches-zero", "vlapruner")
     if name.startswith(whole) or COMPRESSORS[name].sites in ({"cache"}, {"refresh"}):
         return False
-    return not name.startswith("dycoke") or cell[1] == "video"
+    return not name.startswith(("dycoke", "evs")) or cell[1] == "video"
 
 
 def stands_for_its_class(name: str) -> bool:

@@ -29,7 +29,7 @@ AT_THE_DECODER = [
     if method.positions == "keep"
     and method.sites <= {"prepare", "llm_input", "llm_layer"}
     and not method.needs & {"tower_attention", "tower_keys"}
-    and not name.startswith(("dycoke", "regionmask"))  # marked tokens lie on no grid
+    and not name.startswith(("dycoke", "evs", "regionmask"))  # marked tokens lie on no grid
 ]
 
 

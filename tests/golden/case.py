@@ -31,6 +31,7 @@ METHODS = (
     "quota",
     "sparsevlm",
     "stc_cacher",
+    "stc_pruner",
     "tome",
     "transprune",
     "videoscan",
@@ -43,6 +44,17 @@ FOLDER = Path(os.environ.get("MMTOKEN_GOLDEN", HOME)).resolve()
 EXPECTED = ("expected.", "paper_abs.")
 OUTPUTS: dict[str, frozenset[str]] = {
     "quecc": frozenset({"output", "grad_features", "grad_multi_level", "grad_text"}),
+    "stc_pruner": frozenset(
+        f"chunk[0-9]*_{part}"
+        for part in (
+            "kept_index",
+            "output",
+            "channels_rising_variance",
+            "frame_score",
+            "memory_score",
+            "total_score",
+        )
+    ),
     "stc_cacher": frozenset({"hidden_out", "layer_out", "update_indices", "key_cosine", "is_reference_frame"}),
     "quota": frozenset(
         {

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mmtoken import VisualTokens
-from mmtoken.compressors import Context, DyCoke
+from mmtoken.compressors import DyCoke
 from mmtoken.compressors.dycoke import changed_tokens
+from tests.compressors.videos import VideoContext
 from tests.golden.case import GoldenCase
 
 METHOD = "dycoke"
@@ -31,6 +32,6 @@ def check(case: GoldenCase) -> None:
     case.compare("expected.token_of_output", index % places)
     assert int((index // places == 1).sum()) == settings["kept_per_reduced_frame"]
     tokens = VisualTokens.from_features(features[None], grid=((frames, 1, places),))
-    left = DyCoke(keep=keep, variant="repo").llm_input(tokens, Context())
+    left = DyCoke(keep=keep, variant="repo").llm_input(tokens, VideoContext())
     assert torch.equal(left.kept()[0], index.sort().values)
     case.settle()

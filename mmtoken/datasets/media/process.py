@@ -174,7 +174,10 @@ class DecodingProcess:
 
     def _ended(self) -> Refusal:
         """The process is gone; say why."""
-        code = self._process.wait()
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return self._broken("nothing")
         self.close()
         if code == -signal.SIGXCPU:
             return self._over("cpu_seconds", f"{self._limits.cpu_seconds:g} s of processor time")

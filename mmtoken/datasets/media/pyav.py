@@ -21,6 +21,7 @@ FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 """Demuxers that may be used. FFmpeg knows more, some of which (hls, concat) open other files."""
 
 _WALK = 16  # frames decoded rather than sought over: a seek throws away what the decoder holds
+_TRIES = 8  # key frames that may be damaged at the beginning of a file that is read all the same
 
 Frame = npt.NDArray[np.uint8]
 
@@ -121,7 +122,7 @@ class Video:
             self._decoded: Iterator[Any] | None = None
             self._last: Any = None
             self._size: tuple[int, int] | None = None
-            first = self._at(0)
+            first = self._first()
             self._size = first.shape[1], first.shape[0]
         except BaseException:
             self.close()
@@ -209,11 +210,21 @@ class Video:
             announced = self._container.duration / av.time_base  # Matroska's duration counts from 0
         else:
             return
-        if announced - last > 0.5 + 0.02 * announced:
+        if announced - last > 0.1 + 0.02 * announced:
             raise Refusal(
                 f"is cut off: its header announces {announced:.2f} s and its data end at {last:.2f} s; fetch or "
                 "record it anew."
             )
+
+    def _first(self) -> Frame:
+        """The first frame that can be decoded, or that of a later key frame: its size is that of the video."""
+        refusals = []
+        for when in [self._pts[0], *self._keys[1:_TRIES]]:
+            try:
+                return self._at(bisect.bisect_left(self._pts, when))
+            except Refusal as refusal:
+                refusals.append(refusal)
+        raise refusals[0]
 
     def _at(self, index: int) -> Frame:
         when = self._pts[index]
@@ -389,7 +400,11 @@ def check_size(width: int, height: int, limits: MediaLimits) -> None:
         Refusal: it is one of these.
     """
     if width < 1 or height < 1:
-        raise Refusal(f"claims frames of {width} x {height} pixels; give {KINDS}.")
+        # FFmpeg says the same of a size above the limit that it was given.
+        raise Refusal(
+            f"claims frames of {width} x {height} pixels, or of more than max_pixels={limits.max_pixels}; scale it "
+            f"down, raise that limit, or give {KINDS}."
+        )
     if width * height > limits.max_pixels:
         raise Refusal(
             f"claims frames of {width} x {height} = {width * height} pixels, above max_pixels={limits.max_pixels}; "

@@ -319,7 +319,8 @@ def check_fps(fps: float) -> float:
 
 def _facts(process: DecodingProcess, limits: MediaLimits) -> dict[str, Any]:
     """What the process says of the file, checked: it has worked on the file and may be in the file's hands."""
-    header, times = process.header, np.frombuffer(process.payload, np.float64)
+    header, stamps = process.header, process.payload
+    times = np.frombuffer(stamps, np.float64, len(stamps) // 8)
     numbers = all(isinstance(header.get(name), int | float) for name in ("end", "tick", "width", "height"))
     good = (
         numbers
