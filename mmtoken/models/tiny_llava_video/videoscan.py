@@ -61,7 +61,7 @@ class Lora:
     """
 
     rank: int = 64
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.05
 
 
