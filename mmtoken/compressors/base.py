@@ -553,6 +553,10 @@ class Compressor(ABC):
         """Whether a question in a stream sees all held steps; if not, they are among the blocks of `retrieve`."""
         return True
 
+    def held_steps(self) -> int | None:
+        """How many times what the first step holds a stream may hold, where nobody says; None: as usual for streams."""
+        return None
+
     def encoder_keep(self) -> int | float:
         """Budget of tokens that enter the decoder, for methods that cut in the tower and again in the decoder.
 

@@ -230,7 +230,8 @@ class Stream(AbstractContextManager["Stream"]):
         step = self._step(frames, first, remembered, video)
         limit = memory.limit
         if limit is None:
-            limit = FIRST_STEPS * step.length if self._given_limit is None else self._given_limit
+            steps = FIRST_STEPS if self.compressor is None else self.compressor.held_steps() or FIRST_STEPS
+            limit = steps * step.length if self._given_limit is None else self._given_limit
         if step.length > limit:
             raise InputError(
                 f"memory_tokens={limit} is less than the {step.length} positions that a single step holds; give at "
@@ -509,7 +510,7 @@ def stream(
         processor: its processor.
         compressor: an instance, a name, or {"class_path": ..., "init_args": {...}}; None: every token is held.
         memory_tokens: most decoder positions of frames that are held, in any layer; None: 32 times what is held of the
-            first step.
+            first step (`Compressor.held_steps` if the compressor says so).
         store_tokens: most positions of frames that have left that are stored in main memory, for methods that bring
             them back for a question; None: 32 times `memory_tokens`. The oldest leave for good.
         positions: where held rows stand, see `StreamPositions`.
