@@ -146,8 +146,8 @@ def test_doctor_says_what_fits(capsys: Output, qwen: str) -> None:
     assert main(["doctor", "--model", "tiny-llava"]) == 0
     out = capsys.readouterr().out
     assert "transformers" in out and "sdpa" in out
-    # boxes instead of a budget, streams only, videos only (twice), one token per frame only
-    others = {"regionmask", "rekv", "quota", "stccacher", "videoscan"}
+    # boxes instead of a budget, streams only, videos only, one token per frame only
+    others = {"regionmask", "rekv", "stccacher", "videoscan"}
     assert all(f"\n  {name}" in out for name in names())
     assert {name for name in names() if re.search(rf"\n  {name} +no: ", out)} == others
     assert out.count("fits") == len(names()) - len(others)
