@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,12 @@ def test_doctor_says_what_fits(capsys: Output, qwen: str) -> None:
     assert main(["doctor", "--model", "tiny-llava"]) == 0
     out = capsys.readouterr().out
     assert "transformers" in out and "sdpa" in out
-    assert out.count("fits") == len(names()) - 1 and "RegionMask drops what boxes touch" in out
+    # boxes instead of a budget, streams only, videos only, one token per frame only
+    others = {"regionmask", "rekv", "stccacher", "videoscan"}
+    assert all(f"\n  {name}" in out for name in names())
+    assert {name for name in names() if re.search(rf"\n  {name} +no: ", out)} == others
+    assert out.count("fits") == len(names()) - len(others)
+    assert "RegionMask drops what boxes touch" in out and "ReKV acts in streams only" in out
     assert main(["doctor", "--json", "--model", qwen]) == 0
     findings = json.loads(capsys.readouterr().out)
     fits = findings["model"]["compressors"]
@@ -153,7 +159,9 @@ def test_doctor_says_what_fits(capsys: Output, qwen: str) -> None:
         "bus",
         "downscale",
         "regionmask",
+        "rekv",
         "trips",
+        "videoscan",
         "vlapruner",
     }
     assert "compressor.prepare" in fits["downscale"]

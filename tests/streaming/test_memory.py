@@ -104,6 +104,15 @@ def test_the_default_bound_is_thirty_two_times_the_first_step() -> None:
         assert live.memory_tokens == 96
 
 
+@pytest.mark.parametrize(("bound", "held"), [(11, 8), (12, 12), (4, 4)])
+def test_a_bound_between_whole_steps_is_never_passed(bound: int, held: int) -> None:
+    with mmtoken.stream(*parts("llava_onevision"), memory_tokens=bound) as live:
+        for number, frame in enumerate(clip(5)):
+            live.push(frame, number)
+            assert live.report.kv_tokens <= bound
+        assert live.report.kv_tokens == held
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bound_below_one_step_is_refused(family: str) -> None:
     model, processor = parts(family)
