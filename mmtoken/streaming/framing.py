@@ -112,7 +112,9 @@ class Framing(ABC):
             first: seconds of the stream's first frame.
             choose: what enters the decoder.
         """
-        output = self.backbone.root.get_video_features(**call, return_dict=True)
+        # By place: transformers 5.17 calls the argument of LLaVA-OneVision `pixel_values`.
+        rest = {name: value for name, value in call.items() if name != "pixel_values_videos"}
+        output = self.backbone.root.get_video_features(call["pixel_values_videos"], **rest, return_dict=True)
         layout = self.backbone.layout("video", call, self.frames)
         count = layout.counts[0] - self.tail
         flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in output.pooler_output])

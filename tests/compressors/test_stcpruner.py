@@ -56,7 +56,8 @@ def plain(method: STCPruner, frames: Tensor) -> tuple[list[int], float]:
         variances = [sum((t[c] - middle[c]) ** 2 for t in everything) / len(everything) for c in range(width)]
         order = sorted(range(width), key=lambda c: variances[c])
         ranked = sorted(variances)
-        gap = min([gap, *(b - a for a, b in itertools.pairwise(ranked[: many + 1]))])
+        # Variances come out the same to six digits, so that neighbours may be closer than scores may.
+        gap = min([gap, *(100 * (b - a) for a, b in itertools.pairwise(ranked[: many + 1]))])
         channels = order[:many]
         past_chunks.append([middle[c] for c in channels])
         for number, frame in enumerate(chunk, first):

@@ -27,7 +27,7 @@ def plain(method: VidCom2, frames: Tensor) -> tuple[list[int], float]:
     variances = [sum((t[c] - middle[c]) ** 2 for t in values) / len(values) for c in range(width)]
     many = max(1, int(width * method.channel_ratio))
     channels = sorted(range(width), key=lambda c: variances[c])[:many]
-    gap = min([math.inf, *(b - a for a, b in itertools.pairwise(sorted(variances)[many - 1 : many + 1]))])
+    gap = min([math.inf, *(100 * (b - a) for a, b in itertools.pairwise(sorted(variances)[many - 1 : many + 1]))])
     units = [unit([t[c] for c in channels]) for t in values]
     everything, typical, unlike = mean_of(units), [], []
     for first in range(0, len(units), area):
@@ -50,7 +50,7 @@ def plain(method: VidCom2, frames: Tensor) -> tuple[list[int], float]:
         best = sorted(range(f * area, (f + 1) * area), key=lambda i: typical[i])
         kept |= set(best[: max(1, round(wanted))])
     ranked = sorted(typical)
-    gap = min([gap, *(b - a for a, b in itertools.pairwise(ranked))])
+    gap = min([gap, *(10 * (b - a) for a, b in itertools.pairwise(ranked))])
     if not method.exact:
         return sorted(kept), gap
     saved: set[int] = set()

@@ -15,11 +15,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtoken.compressors import CDPruner, DyCoke, HoloV, PruMerge, VisPruner
+from mmtoken.compressors import EVS, CDPruner, DyCoke, HoloV, PruMerge, STCPruner, VidCom2, VisPruner
 from mmtoken.engine.report import Report
 from tests import oracle
 from tests.backbones.tiny_models import CELLS, visual_mask
-from tests.compressors import test_cdpruner, test_dycoke, test_holov, test_prumerge, test_vispruner
+from tests.compressors import (
+    test_cdpruner,
+    test_dycoke,
+    test_evs,
+    test_holov,
+    test_prumerge,
+    test_stcpruner,
+    test_vidcom2,
+    test_vispruner,
+)
 from tests.contract.matrix import COMPRESSORS, Cell, batch, logits, pairs, protected, tiny
 from tests.contract.test_merging import (
     IDEFICS,
@@ -125,6 +134,18 @@ def dycoke(method: DyCoke, item: Facts) -> Choice:
     return test_dycoke.plain(item.embeds.unflatten(0, (item.frames, -1)), method.keep)
 
 
+def evs(method: EVS, item: Facts) -> Choice:
+    return test_evs.plain(item.embeds.unflatten(0, (item.frames, -1)), method.keep)
+
+
+def stcpruner(method: STCPruner, item: Facts) -> Choice:
+    return test_stcpruner.plain(method, item.embeds.unflatten(0, (item.frames, -1)))
+
+
+def vidcom2(method: VidCom2, item: Facts) -> Choice:
+    return test_vidcom2.plain(method, item.embeds.unflatten(0, (item.frames, -1)))
+
+
 def check(
     name: str,
     cell: Cell,
@@ -168,6 +189,24 @@ def test_cdpruner_keeps_what_its_formulas_say(name: str, cell: Cell, case: str) 
 @pytest.mark.parametrize("case", CASES)
 def test_dycoke_keeps_what_its_formulas_say(name: str, cell: Cell, case: str) -> None:
     check(name, cell, case, dycoke, no_tower)
+
+
+@pairs(["evs", "evs-count"])
+@pytest.mark.parametrize("case", CASES)
+def test_evs_keeps_what_its_formulas_say(name: str, cell: Cell, case: str) -> None:
+    check(name, cell, case, evs, no_tower)
+
+
+@pairs(["stcpruner", "stcpruner-dual", "stcpruner-keep"])
+@pytest.mark.parametrize("case", CASES)
+def test_stcpruner_keeps_what_its_formulas_say(name: str, cell: Cell, case: str) -> None:
+    check(name, cell, case, stcpruner, no_tower)
+
+
+@pairs(["vidcom2", "vidcom2-official", "vidcom2-keep"])
+@pytest.mark.parametrize("case", CASES)
+def test_vidcom2_keeps_what_its_formulas_say(name: str, cell: Cell, case: str) -> None:
+    check(name, cell, case, vidcom2, no_tower)
 
 
 # ---------------------------------------------------------------------------------------------------------- PruMerge
