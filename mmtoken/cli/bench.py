@@ -114,8 +114,18 @@ def main(argv: list[str]) -> int:
 
 
 def _benchmarks(model: str) -> tuple[str, ...]:
-    """What a model of the zoo was trained for; the first entry's benchmarks for any other model."""
-    return next((entry.benchmarks for entry in ZOO if entry.name == model), ZOO[0].benchmarks)
+    """What a model of the zoo was trained for; the first entry's benchmarks for any other model.
+
+    Raises:
+        MMTokenError: it answers questions about videos.
+    """
+    found = next((entry.benchmarks for entry in ZOO if entry.name == model), ZOO[0].benchmarks)
+    if not found:
+        raise MMTokenError(
+            f"model={model!r} answers questions about videos; use: python -m mmtoken.evaluation.video --model {model} "
+            "--out FOLDER"
+        )
+    return found
 
 
 def _documents(options: Any, device: Any) -> int:

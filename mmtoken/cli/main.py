@@ -11,6 +11,7 @@ from mmtoken.errors import MMTokenError, near_names
 
 COMMANDS = {
     "run": "answer a question about images with fewer visual tokens",
+    "stream": "watch a video, a folder of pictures or a camera, and answer questions on the way",
     "list": "show compressors, backbones or models",
     "bench": "measure speed, memory and accuracy beside the dense model and controls",
     "demo": "write a page that shows what compressors keep and what it costs",

@@ -259,7 +259,10 @@ class Context:
     """Temporal grid steps per item (1 for images), over which an int budget is pooled (decoder sites)."""
 
     memory: dict[str, Any]
-    """What the method wants to remember until the next call of one of its sites in the same pass (running scores)."""
+    """What the method wants to remember until the next call of one of its sites in the same pass (running scores).
+
+    In a stream it lives as long as the stream. Put new values in, and change none in place: a stream goes back to an
+    earlier copy of the dictionary where a step is not to count."""
 
     cropped: list[bool] | None = None
     """Per item, whether it is, or belongs to, a picture that is cut into crops: `tokens.item` then numbers them, 0 is
@@ -549,6 +552,10 @@ class Compressor(ABC):
     def sees_window(self) -> bool:
         """Whether a question in a stream sees all held steps; if not, they are among the blocks of `retrieve`."""
         return True
+
+    def held_steps(self) -> int | None:
+        """How many times what the first step holds a stream may hold, where nobody says; None: as usual for streams."""
+        return None
 
     def encoder_keep(self) -> int | float:
         """Budget of tokens that enter the decoder, for methods that cut in the tower and again in the decoder.

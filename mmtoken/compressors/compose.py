@@ -207,6 +207,9 @@ class Composition(Compressor):
     def sees_window(self) -> bool:
         return all(part.sees_window() for part in self.chain)
 
+    def held_steps(self) -> int | None:
+        return max((part.held_steps() or 0 for part in self.chain), default=0) or None
+
     def encoder_keep(self) -> int | float:
         inside = [part for part in self.chain if "vision_layer" in part.sites]
         around = [part for part in self.chain if "project" in part.sites]

@@ -6,6 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -251,6 +252,13 @@ class QuoTA(Compressor):
         return parsed_entities(planner(decoupling_prompt(question)))
 
     # --- as data ------------------------------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """The settings by name, JSON-ready but for live objects, which stay what they are."""
+        values = super().settings()
+        with suppress(MMTokenError):
+            values["scorer"] = values["scorer"].settings()
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """As every compressor's.

@@ -15,7 +15,6 @@ from mmtoken.errors import InputError, KeepError, MMTokenError, UnsupportedError
 from mmtoken.tokens import VisualTokens, refuse_nan
 
 Carrier = Literal["block", "visual"]
-Policy = Literal["contiguous", "true", "repo"]
 
 _THINNING = ((1280.0, 5), (900.0, 4), (600.0, 3), (300.0, 2))
 """(seconds, n): videos longer than that are read at 1/n of the rate."""
@@ -158,6 +157,9 @@ class VideoScan(Compressor):
             torch.cat([attended(frame.attention(layer, -1)[:-1], self.extra_kv), rows[-1:]]) for layer in range(depth)
         ]
 
+    def held_steps(self) -> int | None:
+        return None if self.whole else self.bank
+
     def evict(self, held: Sequence[HeldFrame], over: bool, ctx: Context) -> int | None:
         full = self.bank is not None and len(held) >= self.bank and not self.whole
         if self.whole or not (full or over):
@@ -210,31 +212,6 @@ def attended(attention: Tensor, count: int) -> Tensor:
     """int[K], ascending: the `count` rows of float[n] with the highest attention, fewer if there are not as many."""
     top = attention.detach().float().argsort(descending=True, stable=True)[:count]
     return top.sort().values
-
-
-def bank_positions(policy: Policy, system: int, written: Tensor, seen: int) -> tuple[Tensor, int]:
-    """Rotary positions of the rows that a bank holds, and of the first token that is fed next.
-
-    Args:
-        policy: "contiguous": held rows count from the system prompt on, whatever left between them, and their keys are
-            rotated anew; "true": every token keeps its place among all tokens ever fed; "repo": as the official code
-            has it: what comes next counts from the number of held rows, and what was written keeps its angle, so that
-            a carrier stands a whole frame ahead of where the next frame begins.
-        system: tokens before the video.
-        written: int[R], the position that each held row (system prompt left out) had when it was fed.
-        seen: tokens fed so far, system prompt included.
-
-    Raises:
-        MMTokenError: the policy is unknown.
-    """
-    following = system + len(written)
-    if policy == "contiguous":
-        return torch.arange(system, following, device=written.device), following
-    if policy == "true":
-        return written, seen
-    if policy == "repo":
-        return written, following
-    raise MMTokenError(f"policy={policy!r} is unknown; use 'contiguous', 'true' or 'repo'.")
 
 
 def thinned_rate(seconds: float, rate: float = 1.0) -> float:

@@ -241,18 +241,20 @@ class DecoderHooks:
             )
         return tokens
 
-    def step_tokens(self, output: Any, tail: int, memory: dict[str, Any]) -> tuple[VisualTokens, VisualTokens]:
+    def step_tokens(
+        self, output: Any, features: Tensor, tail: int, memory: dict[str, Any]
+    ) -> tuple[VisualTokens, VisualTokens]:
         """One temporal step of a stream: its tokens as encoded, and those that enter the decoder.
 
         Args:
             output: what the video encoder returned for this step alone, while the session was attached.
+            features: float[n, D], the step's tokens in it.
             tail: tokens at its end that come once per video and belong to no step (a newline).
             memory: what the compressor remembers from step to step.
         """
         record = without_tail(encoded_by({"video": output})["video"], tail)
         forget(output)
-        embeds = torch.cat([part.reshape(-1, part.shape[-1]) for part in output.pooler_output])
-        embeds = embeds[None, : sum(record.layout.counts)]
+        embeds = features[None]
         everything = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         items = locate({"video": everything}, {"video": record})
         call = Prefill(

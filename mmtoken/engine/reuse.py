@@ -86,7 +86,6 @@ class Group:
         full, selective: int[...] among the frames: computed in full, and in part.
         selective_frames: numbers in the call of those computed in part.
         source: int[selective]: the reference of each, an index into the full ones and behind them into `carried`.
-        order: int[G], the place of each frame among the full ones and behind them the selective ones.
         carried: states whose references are used.
         last: (state, index into the full ones) of references that are carried over.
         memory: what the method remembers during the call.
@@ -100,7 +99,6 @@ class Group:
     selective: Tensor
     selective_frames: list[int]
     source: Tensor
-    order: Tensor
     carried: list[VideoState]
     last: list[tuple[VideoState, int]]
     memory: dict[str, Any] = field(default_factory=dict)
@@ -130,6 +128,7 @@ class ReuseRun:
         groups: their frames by size.
         starts: for each frame of the call the place of its first patch in a packed sequence.
         sizes: patches of every frame of the call.
+        every: per size T, int[T], all patches of a frame.
         captured: what the projections and branches of the running block put out, while that is noted.
         made: per state (by identity) the references of this call, taken over when it has ended.
         segments: per group and identity of the cumulative lengths.
@@ -139,6 +138,7 @@ class ReuseRun:
     groups: list[Group]
     starts: list[int]
     sizes: list[int]
+    every: dict[int, Tensor]
     captured: dict[str, Tensor] | None = None
     made: dict[int, dict[int, Reference]] = field(default_factory=dict)
     segments: dict[tuple[int, int], Segments] = field(default_factory=dict)
@@ -228,9 +228,10 @@ def plan(
                 selective=whole(selective),
                 selective_frames=[frames[place] for place in selective],
                 source=whole([index + len(full) * old for old, index in source]),
-                order=whole(full + selective).argsort(),
                 carried=carried,
                 last=last,
             )
         )
-    return ReuseRun(videos, groups, starts, sizes)
+    return ReuseRun(
+        videos, groups, starts, sizes, {size: torch.arange(size, device=device) for size in dict.fromkeys(sizes)}
+    )

@@ -201,22 +201,22 @@ class ReuseHooks:
             call: the block.
             hidden: float[G, T, C].
         """
-        outputs, pool = [], []
+        done, pool = torch.empty_like(hidden), []
         if len(group.full):
-            with _capturing(run, bool(len(group.selective)) or bool(group.last)) as captured:
-                outputs.append(self._dense(run, group, call, hidden[group.full]))
+            with _capturing(run, bool(group.selective_frames or group.last)) as captured:
+                whole = self._dense(run, group, call, hidden[group.full])
             if captured:
                 made = self._reference(captured, lambda x: x.reshape(len(group.full), group.patches, -1))
                 self._keep(run, group, call.number, made)
                 pool.append(made)
-        if not len(group.selective):
-            return outputs[0][group.order], None, 0.0
+            if not group.selective_frames:
+                return whole, None, 0.0
+            done.index_copy_(0, group.full, whole)
         pool += [state.blocks[call.number].map(lambda x: x[None]) for state in group.carried]
-        whole = pool[0] if len(pool) == 1 else Reference.cat(pool)
-        reference = whole.map(lambda x: x[group.source])
-        output, index, seconds = self._selective(run, group, call, hidden[group.selective], reference)
-        outputs.append(output)
-        return torch.cat(outputs)[group.order], index, seconds
+        together = pool[0] if len(pool) == 1 else Reference.cat(pool)
+        reference = together.map(lambda x: x[group.source])
+        some, index, seconds = self._selective(run, group, call, hidden[group.selective], reference)
+        return done.index_copy_(0, group.selective, some), index, seconds
 
     def _dense(self, run: ReuseRun, group: Group, call: BlockCall, hidden: Tensor) -> Tensor:
         """float[m, T, C]: the block's own output for the frames that are computed in full."""
@@ -362,11 +362,9 @@ class ReuseHooks:
             run.made.setdefault(id(state), {})[number] = own
 
     def _report(self, run: ReuseRun, number: int, chosen: dict[int, Tensor], seconds: float) -> None:
-        device = run.groups[0].full.device if run.groups else None
-        every = {size: torch.arange(size, device=device) for size in set(run.sizes)}
-        kept = [chosen.get(frame, every[size]) for frame, size in enumerate(run.sizes)]
+        kept = [chosen.get(frame, run.every[size]) for frame, size in enumerate(run.sizes)]
         done = [len(index) for index in kept]
-        report = SiteReport("refresh", number, run.sizes, done, kept, seconds)
+        report = SiteReport("refresh", number, list(run.sizes), done, kept, seconds)
         report.multiply_adds = sum(map(functools.partial(block_multiply_adds, self._shape), run.sizes, done))
         report.multiply_adds_dense = sum(block_multiply_adds(self._shape, size, size) for size in run.sizes)
         self.session.note(report)

@@ -138,8 +138,6 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             f"{name} works before the processor on {backbone.name}, whose token count follows the image size: use "
             "images = compressor.prepare(images) and run the model as it is."
         )
-    if "pixels" in method.needs and "video" not in backbone.modalities:
-        raise UnsupportedError(f"{name} looks at frames of videos, and {backbone.name} reads images only.")
     if "frames" in method.sites and "video" not in backbone.modalities:
         raise UnsupportedError(f"{name} leaves out frames of videos, and {backbone.name} reads images only.")
     method.cut_layers(len(decoder.layers))

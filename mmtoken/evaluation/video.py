@@ -58,7 +58,7 @@ IMAGE_METHODS = ("divprune", "visionzip", "cdpruner", "tome", "fastv", "pyramidd
 MEMORIES = (512, 256, 128)
 """Tokens held in streams: all tokens of 32, 16 and 8 frames."""
 
-_TOWER_SITES = {"prepare", "frames", "vision_layer", "refresh"}
+_TOWER_SITES = {"frames", "vision_layer", "refresh"}
 _TOWER_NEEDS = {"tower_attention", "tower_keys", "tower_states"}
 
 
@@ -110,7 +110,7 @@ def streaming_settings() -> list[Setting]:
         found.append(Setting(f"oldest leave {memory}", memory=memory, role="control"))
         found.append(Setting(f"fewer frames {memory}", frames=memory // 16, memory=memory, role="control"))
         share = memory / 1024
-        for name in (*CONTROLS, "stcpruner", "divprune"):
+        for name in (*CONTROLS, "stcpruner", "dycoke", "divprune"):
             role = "control" if name in CONTROLS else "method"
             found.append(Setting(f"{name} {memory}", name, {"keep": share}, memory=memory, role=role))
     found.append(Setting("videoscan 64", "videoscan", memory=64))
@@ -130,9 +130,9 @@ def videoscan_settings() -> list[Setting]:
     ]
 
 
-def held_out(clips: int, frames: int, active: int | None = None) -> list[Clip]:
-    """Clips of the test split, with one question of each type that they can answer at their end."""
-    return list(MovingShapes(split_seed(0, "test"), clips, (frames, frames), active=active))
+def held_out(clips: int, frames: int, questions: int | None = None) -> list[Clip]:
+    """Clips of the test split, asked at their end; None: one question of each type that a clip can answer."""
+    return list(MovingShapes(split_seed(0, "test"), clips, (frames, frames), questions))
 
 
 def shown(clip: Clip, frames: int | None) -> list[int]:
@@ -360,6 +360,37 @@ class Results:
             file.write_text(json.dumps(self.content) + "\n")
 
 
+def join(folder: Path, part: str) -> None:
+    """`video-<part>.json` from `video-<part>-<number>.json` of several processes, in the order of the settings.
+
+    Raises:
+        InputError: there are none, or they are about different questions or weights.
+    """
+    files = sorted(folder.glob(f"video-{part}-[0-9]*.json"))
+    if not files:
+        raise InputError(f"out={str(folder)!r} holds no video-{part}-<number>.json.")
+    contents = [json.loads(file.read_text()) for file in files]
+    whole = contents[0]
+    if any(c["questions"] != whole["questions"] or c["weights"] != whole["weights"] for c in contents):
+        raise InputError(f"out={str(folder)!r}: the files of {part} are about different questions or weights.")
+    for kind in ("results", "refused"):
+        merged = {name: entry for content in contents for name, entry in content[kind].items()}
+        order = [s.name for s in SETTINGS[part]()] if part in SETTINGS else []
+        names = [n for n in order if n in merged] + [n for n in merged if n not in order]
+        whole[kind] = {name: merged[name] for name in names}
+    with whole_file(folder / f"video-{part}.json") as target:
+        target.write_text(json.dumps(whole) + "\n")
+    for file in files:
+        file.unlink()
+
+
+SETTINGS: dict[str, Callable[[], list[Setting]]] = {
+    "offline": offline_settings,
+    "streaming": streaming_settings,
+    "videoscan": videoscan_settings,
+}
+
+
 def run_settings(
     settings: Sequence[Setting], results: Results, answer: Callable[[Setting], dict[str, Any]], model: Any
 ) -> None:
@@ -380,7 +411,9 @@ def run_settings(
         _say(f"{number}/{len(settings)} {setting.name}: {np.mean(found['correct']):.3f} in {found['seconds']} s")
 
 
-def cacher_part(model: Any, processor: Any, clips: Sequence[Clip], results: Results) -> None:
+def cacher_part(
+    model: Any, processor: Any, clips: Sequence[Clip], results: Results, turn: int = 0, of: int = 1
+) -> None:
     """Error of the tower's output per kind of frame, and accuracy, beside skipped frames at equal multiply-adds."""
     towers = Towers(model)
     towers.compute(clips)
@@ -400,7 +433,7 @@ def cacher_part(model: Any, processor: Any, clips: Sequence[Clip], results: Resu
             return _skipped(dense, share), share
 
         plans.append((f"skip {share:g}", skip))
-    for name, plan in plans:
+    for name, plan in plans[turn::of]:
         if results.has(name):
             continue
         towers.known, share = plan()
@@ -454,38 +487,38 @@ def _errors(clips: Sequence[Clip], dense: Sequence[Tensor], other: Sequence[Tens
     return {kind: round(float(np.mean(values)), 4) for kind, values in kinds.items()}
 
 
-def quota_part(model: Any, processor: Any, clips: Sequence[Clip], results: Results) -> None:
+def quota_part(model: Any, processor: Any, clips: Sequence[Clip], results: Results, turn: int = 0, of: int = 1) -> None:
     """QuoTA at several budgets with scorers of falling quality: evidence known, known with errors, not at all."""
     towers = Towers(model)
     towers.compute(clips)
-    for keep in (0.5, 0.25, 0.125):
-        for scorer in ("oracle", "noisy 0.1", "noisy 0.25", "noisy 0.5", "uniform", "random"):
-            name = f"{scorer} keep={keep:g}"
-            if results.has(name):
-                continue
-            rng = np.random.default_rng(17)
+    scorers = ("oracle", "noisy 0.1", "noisy 0.25", "noisy 0.5", "uniform", "random")
+    for keep, scorer in [(keep, scorer) for keep in KEEPS for scorer in scorers][turn::of]:
+        name = f"{scorer} keep={keep:g}"
+        if results.has(name):
+            continue
+        rng = np.random.default_rng(17)
 
-            def each(
-                pairs: list[tuple[Clip, ClipQuestion]],
-                scorer: str = scorer,
-                keep: float = keep,
-                rng: np.random.Generator = rng,
-            ) -> Compressor:
-                if scorer in ("uniform", "random"):
-                    return resolve({"class_path": "quota", "init_args": {"keep": keep, "scorer": scorer}})
-                wrong = float(scorer.split()[1]) if " " in scorer else 0.0
-                scores = [_evidence_scores(clip, question, wrong, rng) for clip, question in pairs]
-                given = {"name": "given", "scores": scores}
-                return resolve({"class_path": "quota", "init_args": {"keep": keep, "scorer": given}})
+        def each(
+            pairs: list[tuple[Clip, ClipQuestion]],
+            scorer: str = scorer,
+            keep: float = keep,
+            rng: np.random.Generator = rng,
+        ) -> Compressor:
+            if scorer in ("uniform", "random"):
+                return resolve({"class_path": "quota", "init_args": {"keep": keep, "scorer": scorer}})
+            wrong = float(scorer.split()[1]) if " " in scorer else 0.0
+            scores = [_evidence_scores(clip, question, wrong, rng) for clip, question in pairs]
+            given = {"name": "given", "scores": scores}
+            return resolve({"class_path": "quota", "init_args": {"keep": keep, "scorer": given}})
 
-            try:
-                found = answer_offline(model, processor, clips, towers, None, each=each)
-            except (UnknownNameError, UnsupportedError, InputError) as error:
-                results.refuse(name, str(error))
-                _say(f"{name}: refused: {str(error)[:100]}")
-                continue
-            results.put(name, {"scorer": scorer, "keep": keep, **found})
-            _say(f"{name}: {np.mean(found['correct']):.3f} in {found['seconds']} s")
+        try:
+            found = answer_offline(model, processor, clips, towers, None, each=each)
+        except (UnknownNameError, UnsupportedError, InputError) as error:
+            results.refuse(name, str(error))
+            _say(f"{name}: refused: {str(error)[:100]}")
+            continue
+        results.put(name, {"scorer": scorer, "keep": keep, **found})
+        _say(f"{name}: {np.mean(found['correct']):.3f} in {found['seconds']} s")
 
 
 def _evidence_scores(clip: Clip, question: ClipQuestion, wrong: float, rng: np.random.Generator) -> list[float]:
@@ -505,24 +538,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--what", default="offline", help="offline,streaming,cacher,quota,videoscan")
     parser.add_argument("--model", default="tiny-llava-video", help="zoo entry or folder")
     parser.add_argument("--clips", type=int, default=200, help="clips of 16 frames")
-    parser.add_argument("--long-clips", type=int, default=100, help="clips of 64 frames, for streams")
+    parser.add_argument(
+        "--long-clips", type=int, default=50, help="clips of 64 frames with 12 questions each, for streams"
+    )
     parser.add_argument("--out", required=True, help="folder of the JSON files")
-    parser.add_argument("--name", default="", help="goes into the file names: video-<part>-<name>.json")
+    parser.add_argument("--share", default=None, metavar="I/N", help="every N-th setting from the I-th, 0 <= I < N")
+    parser.add_argument("--join", action="store_true", help="make one file of those that shares have written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(options.threads)
+    parts = options.what.split(",")
+    known = {"offline", "streaming", "cacher", "quota", "videoscan"}
+    if not set(parts) <= known:
+        raise MMTokenError(f"what={options.what!r}: give some of {', '.join(sorted(known))}, with commas.")
+    if options.join:
+        for part in parts:
+            join(Path(options.out), part)
+        return
+    turn, of = (int(number) for number in (options.share or "0/1").split("/"))
     model, processor = load(options.model)
     model = model.to(options.device).eval()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     short = held_out(options.clips, 16)
-    long = held_out(options.long_clips, 64)
-    parts = options.what.split(",")
-    known = {"offline", "streaming", "cacher", "quota", "videoscan"}
-    if not set(parts) <= known:
-        raise MMTokenError(f"what={options.what!r}: give some of {', '.join(sorted(known))}, with commas.")
+    long = held_out(options.long_clips, 64, 12)
     for part in parts:
         clips = long if part in ("streaming", "videoscan") else short
         head = {
@@ -534,7 +575,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "clips": len(clips),
             "frames": len(clips[0].frames),
         }
-        suffix = f"-{options.name}" if options.name else ""
+        suffix = f"-{turn:02d}" if options.share else ""
         results = Results(out / f"video-{part}{suffix}.json", head, described(clips))
         if part == "offline":
             towers = Towers(model)
@@ -543,18 +584,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             def offline(setting: Setting, towers: Towers = towers, clips: list[Clip] = clips) -> dict[str, Any]:
                 return answer_offline(model, processor, clips, towers, setting.compressor(), setting.frames)
 
-            run_settings(offline_settings(), results, offline, model)
+            run_settings(offline_settings()[turn::of], results, offline, model)
         elif part in ("streaming", "videoscan"):
 
             def streaming(setting: Setting, clips: list[Clip] = clips) -> dict[str, Any]:
                 return answer_streaming(model, processor, clips, setting)
 
-            settings = streaming_settings() if part == "streaming" else videoscan_settings()
-            run_settings(settings, results, streaming, model)
+            run_settings(SETTINGS[part]()[turn::of], results, streaming, model)
         elif part == "cacher":
-            cacher_part(model, processor, clips, results)
+            cacher_part(model, processor, clips, results, turn, of)
         else:
-            quota_part(model, processor, clips, results)
+            quota_part(model, processor, clips, results, turn, of)
 
 
 def _fingerprint(model: Any) -> str:

@@ -20,7 +20,8 @@ class ZooModel:
         folder: in `mmtoken/assets`, in the format that transformers loads.
         card: folder of the card under `models/`.
         licence: of the weights.
-        benchmarks: what the model was trained for, by their names in `mmtoken.evaluation.benchmarks`.
+        benchmarks: what the model was trained for, by their names in `mmtoken.evaluation.benchmarks`; none for models
+            of videos, which `mmtoken.evaluation.video` asks.
     """
 
     name: str
@@ -54,6 +55,13 @@ ZOO: tuple[ZooModel, ...] = (
         "tiny_document",
         "tiny_document",
         benchmarks=("document_pages",),
+    ),
+    ZooModel(
+        "tiny-llava-video",
+        "LLaVA-OneVision, 3 M parameters: what came, left, moved and was to be read in a clip of shapes",
+        "tiny_llava_video",
+        "tiny_llava_video",
+        benchmarks=(),
     ),
 )
 

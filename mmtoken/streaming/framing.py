@@ -20,8 +20,9 @@ from mmtoken.errors import InputError, UnsupportedError
 from mmtoken.streaming.prompt import StreamPrompt
 from mmtoken.tokens import VisualTokens
 
-Choose = Callable[[Any, Backbone, dict[str, Any], int], tuple[VisualTokens, VisualTokens]]
-"""What the compressor makes of an encoder's output: (tokens as encoded, tokens that enter the decoder)."""
+Choose = Callable[[Any, VisualTokens, int], tuple[VisualTokens, VisualTokens]]
+"""What the compressor makes of an encoder's output, the step's tokens in it, and the number of those behind them:
+(tokens as encoded, tokens that enter the decoder)."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,16 @@ class Framing(ABC):
             first: seconds of the stream's first frame.
             choose: what enters the decoder.
         """
-        output = self.backbone.root.get_video_features(**call, return_dict=True)
-        before, tokens = choose(output, self.backbone, call, self.tail)
+        # By place: transformers 5.17 calls the argument of LLaVA-OneVision `pixel_values`.
+        rest = {name: value for name, value in call.items() if name != "pixel_values_videos"}
+        output = self.backbone.root.get_video_features(call["pixel_values_videos"], **rest, return_dict=True)
+        layout = self.backbone.layout("video", call, self.frames)
+        count = layout.counts[0] - self.tail
+        flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in output.pooler_output])
+        encoded = VisualTokens.from_features(
+            self.complete(flat, count)[None], protected=layout.protected[None, :count], grid=layout.grids
+        )
+        before, tokens = choose(output, encoded, self.tail)
         total = before.source.shape[1]
         source, features = tokens.source[0][tokens.valid[0]], tokens.features[0][tokens.valid[0]]
         order = torch.argsort(source, stable=True)
@@ -147,6 +156,10 @@ class Framing(ABC):
             first: seconds of the stream's first frame.
             deepstack: per decoder layer float[s, D].
         """
+
+    def complete(self, features: Tensor, count: int) -> Tensor:
+        """float[count, D]: a step's tokens among what the encoder put out."""
+        return features[:count]
 
     def prefix(self) -> Rows:
         """What comes before the video."""
@@ -205,6 +218,21 @@ class LlavaOneVisionFraming(Framing):
     def closing(self) -> Tensor:
         newline: Tensor = self.backbone.root.image_newline
         return newline[None].to(self.model.device, self.model.get_input_embeddings().weight.dtype)
+
+
+class LlavaVideoFraming(LlavaOneVisionFraming):
+    """The same, but rows of a frame end in newlines, which belong to it, and nothing ends a video."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava_video",)
+    tail: ClassVar[int] = 0
+
+    def complete(self, features: Tensor, count: int) -> Tensor:
+        # In transformers 5.17 a video's last newline comes later, in the model's forward.
+        missing = count - len(features)
+        return torch.cat([features, super().closing().to(features).expand(missing, -1)]) if missing > 0 else features
+
+    def closing(self) -> Tensor:
+        return self.embed([])
 
 
 class _Grid(Framing):
@@ -276,7 +304,7 @@ class Qwen3VLFraming(_Grid):
         return Rows(rows, relative, extent, (extent,) * 3, visual=visual, deepstack=deepstack)
 
 
-FRAMINGS: tuple[type[Framing], ...] = (LlavaOneVisionFraming, Qwen25VLFraming, Qwen3VLFraming)
+FRAMINGS: tuple[type[Framing], ...] = (LlavaOneVisionFraming, LlavaVideoFraming, Qwen25VLFraming, Qwen3VLFraming)
 
 
 def framing_of(model: Any, processor: Any, backbone: Backbone, *, closed: bool = False) -> Framing:

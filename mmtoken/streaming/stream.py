@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import time
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.registry import adapt
 from mmtoken.compressors.base import Compressor, Context, StreamFrame, check_whole
 from mmtoken.compressors.registry import resolve
@@ -227,20 +225,20 @@ class Stream(AbstractContextManager["Stream"]):
     def _watch(self, frames: Sequence[tuple[Tensor, float]], first: float) -> None:
         """Let a step pass the decoder and hold what is retained of it."""
         memory = self._memory
-        video = self._video.copy()
-        step = self._step(frames, first, self._remembered, video)
+        # What is remembered is taken over with the step, or not at all.
+        remembered, video = _unchanged(self._remembered), self._video.copy()
+        step = self._step(frames, first, remembered, video)
         limit = memory.limit
         if limit is None:
-            limit = FIRST_STEPS * step.length if self._given_limit is None else self._given_limit
+            steps = FIRST_STEPS if self.compressor is None else self.compressor.held_steps() or FIRST_STEPS
+            limit = steps * step.length if self._given_limit is None else self._given_limit
         if step.length > limit:
-            if not memory.steps:
-                self._remembered = {}
             raise InputError(
                 f"memory_tokens={limit} is less than the {step.length} positions that a single step holds; give at "
                 f"least {step.length} (by default {FIRST_STEPS} times what the first step holds), or a smaller keep."
             )
-        memory.limit, self._video = limit, video
-        left = memory.hold(step, lambda steps: self._leave(steps, limit))
+        left = memory.hold(step, lambda steps: self._leave(steps, limit, remembered))
+        memory.limit, self._remembered, self._video = limit, remembered, video
         if "retrieve" in self.sites:
             if self._store is None:
                 self._store = Store(STORED * limit if self._given_store is None else self._given_store)
@@ -266,17 +264,13 @@ class Stream(AbstractContextManager["Stream"]):
         return View(self._memory, self._passes, sequence, self._memory.cursor, step=rows)
 
     def _choose(
-        self, remembered: dict[str, Any], output: Any, backbone: Backbone, call: dict[str, Any], tail: int
+        self, remembered: dict[str, Any], output: Any, tokens: VisualTokens, tail: int
     ) -> tuple[VisualTokens, VisualTokens]:
         """A step's tokens as encoded, and those that enter the decoder."""
-        if self._session is not None:
-            assert self._session.hooks is not None
-            return self._session.hooks.step_tokens(output, tail, remembered)
-        layout = backbone.layout("video", call, self._framing.frames)
-        count = layout.counts[0] - tail
-        features = torch.cat([part.reshape(-1, part.shape[-1]) for part in output.pooler_output])[None, :count]
-        tokens = VisualTokens.from_features(features, protected=layout.protected[None, :count], grid=layout.grids)
-        return tokens, tokens
+        if self._session is None:
+            return tokens, tokens
+        assert self._session.hooks is not None
+        return self._session.hooks.step_tokens(output, tokens.features[0], tail, remembered)
 
     def _made(
         self,
@@ -366,7 +360,7 @@ class Stream(AbstractContextManager["Stream"]):
         paid = attention.attention_of(query, keys, None, self._passes.scaling(layer), index, seen.length)
         return paid[0, :, 0, seen.length :].mean(0)
 
-    def _leave(self, steps: list[Step], limit: int) -> list[Step]:
+    def _leave(self, steps: list[Step], limit: int, remembered: dict[str, Any]) -> list[Step]:
         """Those of all steps that stay."""
         stay = list(steps)
         decides = self.compressor is not None and "evict" in self.sites
@@ -379,7 +373,7 @@ class Stream(AbstractContextManager["Stream"]):
                 continue
             assert self.compressor is not None
             name = type(self.compressor).__name__
-            leaves = self.compressor.evict([one.frame() for one in stay], over, self._context(self._remembered))
+            leaves = self.compressor.evict([one.frame() for one in stay], over, self._context(remembered))
             if leaves is None and not over:
                 break
             if isinstance(leaves, bool) or not isinstance(leaves, int) or not 0 <= leaves < len(stay):
@@ -464,7 +458,7 @@ class Stream(AbstractContextManager["Stream"]):
     def _half_step(self) -> Step:
         """The frame that waits, as a step with its copy; what compressors remember stays as it is."""
         frame = self._pending[0]
-        remembered, video = copy.deepcopy(self._remembered), self._video.copy()
+        remembered, video = _unchanged(self._remembered), self._video.copy()
         return self._step([frame] * self._framing.frames, self._first, remembered, video)
 
     def _sequence(self, window: list[Step], words: slice) -> Sequence[Step] | Callable[[int, Tensor], Sequence[Step]]:
@@ -483,11 +477,19 @@ class Stream(AbstractContextManager["Stream"]):
 
         def sequence(layer: int, hidden: Tensor) -> Sequence[Step]:
             queries = self._passes.queries(layer, hidden[:, words])
-            chosen = method.retrieve(means[layer], queries, layer, self._context(self._remembered))
+            chosen = method.retrieve(means[layer], queries, layer, self._context(_unchanged(self._remembered)))
             back = check_ascending(chosen, len(blocks), name, least=0).tolist()
             return [*before, *(blocks[number].step for number in back), *behind]
 
         return sequence
+
+
+def _unchanged(memory: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what compressors remember that later steps do not reach: new dictionaries, the same values.
+
+    Compressors put new values into their memory and change none in place.
+    """
+    return {name: _unchanged(value) if isinstance(value, dict) else value for name, value in memory.items()}
 
 
 def stream(
@@ -508,7 +510,7 @@ def stream(
         processor: its processor.
         compressor: an instance, a name, or {"class_path": ..., "init_args": {...}}; None: every token is held.
         memory_tokens: most decoder positions of frames that are held, in any layer; None: 32 times what is held of the
-            first step.
+            first step (`Compressor.held_steps` if the compressor says so).
         store_tokens: most positions of frames that have left that are stored in main memory, for methods that bring
             them back for a question; None: 32 times `memory_tokens`. The oldest leave for good.
         positions: where held rows stand, see `StreamPositions`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,9 +11,32 @@ from transformers import DynamicCache
 
 from mmtoken.compressors import Context, VideoScan
 from mmtoken.compressors.base import HeldFrame, StreamFrame
-from mmtoken.compressors.videoscan import Policy, bank_positions
 from mmtoken.engine.compat import CACHE
 from mmtoken.tokens import VisualTokens
+
+Policy = Literal["contiguous", "true", "repo"]
+
+
+def bank_positions(policy: Policy, system: int, written: Tensor, seen: int) -> tuple[Tensor, int]:
+    """Rotary positions of the rows that a bank holds, and of the first token that is fed next.
+
+    Args:
+        policy: "contiguous": held rows count from the system prompt on, whatever left between them, and their keys are
+            rotated anew; "true": every token keeps its place among all tokens ever fed; "repo": as the official code
+            has it: what comes next counts from the number of held rows, and what was written keeps its angle, so that
+            a carrier stands a whole frame ahead of where the next frame begins.
+        system: tokens before the video.
+        written: int[R], the position that each held row (system prompt left out) had when it was fed.
+        seen: tokens fed so far, system prompt included.
+    """
+    following = system + len(written)
+    if policy == "contiguous":
+        return torch.arange(system, following, device=written.device), following
+    if policy == "true":
+        return written, seen
+    if policy == "repo":
+        return written, following
+    raise ValueError(policy)
 
 
 class StepContext(Context):

@@ -30,6 +30,7 @@ from mmtoken.compressors import (
     SnapKV,
     ToMe,
     UniformGrid,
+    VideoScan,
     VisionZip,
     VLAPruner,
 )
@@ -352,3 +353,8 @@ def test_compositions_are_frozen_and_differ_by_their_parts() -> None:
         THREE.keep = 0.9  # type: ignore[misc]
     assert Sequential(parts=(FastV(),)) != Sequential(parts=(FastV(keep=0.9),))
     assert dataclasses.replace(THREE) == THREE
+
+
+def test_a_chain_holds_as_many_steps_as_its_most_demanding_part():
+    assert Sequential((DivPrune(),)).held_steps() is None
+    assert Sequential((DivPrune(positions="renumber"), VideoScan(bank=48))).held_steps() == 48

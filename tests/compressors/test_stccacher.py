@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from mmtoken import MMTokenError
 from mmtoken.compressors import Context, Schedule, Sequential, STCCacher, VisionZip
@@ -152,7 +151,7 @@ def test_similarity_is_computed_in_single_precision(dtype: torch.dtype) -> None:
     keys, reference = torch.randn(2, 2, 9, 64, generator=torch.Generator().manual_seed(5)).to(dtype) * 50
     got = key_similarity(keys, reference, "dot")
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, (keys.double() * reference.double()).sum(-1).float())
+    torch.testing.assert_close(got, (keys.double() * reference.double()).sum(-1).float(), rtol=1e-5, atol=1e-2)
 
 
 def test_choosing_leaves_no_gradient_behind() -> None:
@@ -160,17 +159,11 @@ def test_choosing_leaves_no_gradient_behind() -> None:
     assert not key_similarity(keys, torch.randn(1, 4, 3)).requires_grad
 
 
-def check_part(method: Sequential, keys: Tensor, reference: Tensor) -> None:
-    context = memory()
-    assert torch.equal(
-        method.refresh(keys, reference, 0, context), STCCacher(keep=2).refresh(keys, reference, 0, memory())
-    )
-
-
 def test_a_composition_hands_the_decisions_to_its_part() -> None:
     method = Sequential(parts=(STCCacher(keep=2, interval=3), DyCoke()))
     keys, reference = torch.randn(2, 1, 8, 4, generator=torch.Generator().manual_seed(2))
-    check_part(method, keys, reference)
+    alone = STCCacher(keep=2).refresh(keys, reference, 0, memory())
+    assert torch.equal(method.refresh(keys, reference, 0, memory()), alone)
     assert method.refresh_count(9) == 2 and [method.references(n) for n in range(4)] == [True, False, False, True]
     assert method.encoder_keep() == 1.0 and method.budget == "adaptive"
     with pytest.raises(MMTokenError, match="both act inside tower blocks"):

@@ -20,7 +20,6 @@ from mmtoken.compressors.base import HeldFrame, StreamFrame
 from mmtoken.compressors.videoscan import (
     additive,
     attended,
-    bank_positions,
     duplicate,
     mean_token,
     semantic_mask,
@@ -299,27 +298,6 @@ def test_equal_attention_goes_to_the_first_rows_and_layers_must_exist():
 def test_long_videos_are_read_less_often(seconds, n):
     assert thinned_rate(seconds) == pytest.approx(1 / n)
     assert thinned_rate(seconds, 2.0) == pytest.approx(2 / n)
-
-
-# ----------------------------------------------------------------------------------------------------------- positions
-
-
-def test_positions_of_the_three_policies():
-    # Five text tokens, then frames of four tokens and a carrier; of three frames the second one has left.
-    written, seen = torch.tensor([9, 19]), 20
-    assert [v.tolist() if isinstance(v, Tensor) else v for v in bank_positions("true", 5, written, seen)] == [
-        [9, 19],
-        20,
-    ]
-    written = torch.tensor([9, 11])  # the third frame began at 5 + 2 held rows
-    assert [v.tolist() if isinstance(v, Tensor) else v for v in bank_positions("repo", 5, written, seen)] == [
-        [9, 11],
-        7,
-    ]
-    held_at, following = bank_positions("contiguous", 5, written, seen)
-    assert held_at.tolist() == [5, 6] and following == 7
-    with pytest.raises(MMTokenError, match="policy='later' is unknown"):
-        bank_positions("later", 5, written, seen)
 
 
 # ---------------------------------------------------------------------------------------------------- the training mask

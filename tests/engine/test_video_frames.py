@@ -31,6 +31,8 @@ from tests.engine.test_frames import TAKES_FEATURES
 
 VIDEO = video_families()
 SEEN: list[Any] = []
+STACKED = {"llava_onevision": 17, "llava_video": 24}
+"""Families that want videos of one length in a batch, and their tokens per video here."""
 
 
 @dataclass(frozen=True)
@@ -175,13 +177,17 @@ def test_every_video_is_chosen_by_the_question_of_its_own_row(family: str) -> No
     batch = inputs(model, family, "video", "padded_ragged")
     per_row = (batch["input_ids"] == model.config.video_token_id).sum(-1).tolist()
     SEEN.clear()
-    if family != "llava_onevision":  # which stacks videos, and wants as many frames of each
+    if family not in STACKED:  # which stacks videos, and wants as many frames of each
         with compress(model, LongerQuestionsSeeMore()):
             oracle.generate_with_logits(model, batch, max_new_tokens=2)
     else:
         with compress(model, LongerQuestionsSeeMore()), pytest.raises(UnsupportedError, match="same number of frames"):
             oracle.generate_with_logits(model, batch, max_new_tokens=2)
-    rows = [0, 1, 2] if family != "llava_onevision" else [row for row, n in enumerate(per_row) for _ in range(n // 17)]
+    rows = (
+        [0, 1, 2]
+        if family not in STACKED
+        else [row for row, n in enumerate(per_row) for _ in range(n // STACKED[family])]
+    )
     assert [ids.tolist() for ids, *_ in SEEN] == [texts(model, batch)[row].tolist() for row in rows]
 
 
@@ -201,8 +207,12 @@ def test_what_was_not_declared_or_not_seen_is_refused() -> None:
     for fact in ("pixels", "prompt_ids"):
         with compress(model, Undeclared(fact=fact)), pytest.raises(UnsupportedError, match=f"{fact}.*declare"):
             model(**oracle.clone(batch))
-    with pytest.raises(UnsupportedError, match=r"looks at frames of videos, and LLaVA.* reads images only"):
-        compress(tiny("llava"), Looks())
+    model = tiny("llava")
+    with (
+        compress(model, Looks()),
+        pytest.raises(UnsupportedError, match="pixels are not known for these visual tokens"),
+    ):
+        model(**oracle.clone(inputs(model, "llava", "image", "single")))
 
 
 # ------------------------------------------------------------------------------------------------------------- QuoTA
@@ -227,7 +237,8 @@ class Letters:
 
 def expected(model: Any, batch: dict[str, Tensor], keep: int | float) -> list[Tensor]:
     """Per prompt row float[l, D]: its embeddings with resized frames, by loops of its own (bilinear, no cap)."""
-    embed = model.get_input_embeddings()
+    embed, newline = model.get_input_embeddings(), model.base_model.image_newline[None]
+    by_row = model.config.model_type == "llava_video"
     rows = []
     items = iter(batch["pixel_values_videos"])
     for ids, real in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
@@ -250,26 +261,31 @@ def expected(model: Any, batch: dict[str, Tensor], keep: int | float) -> list[Te
                 shape = (side + (side * (side + 1) <= count), side)
                 if count:
                     resized = interpolate(frame.permute(2, 0, 1)[None], size=shape, mode="bilinear")[0]
-                    parts.append(resized.flatten(1).T)
-            parts.append(model.base_model.image_newline[None])
-            at += 17
+                    for line in resized.permute(1, 2, 0):
+                        parts.append(line)
+                        if by_row:
+                            parts.append(newline)
+            if not by_row:
+                parts.append(newline)
+            at += 4 * 2 * (2 + 1) if by_row else 4 * 2 * 2 + 1
         rows.append(torch.cat(parts))
     return rows
 
 
-@pytest.mark.parametrize("case", ["single", "plain", "padded_ragged", "multi_image"])
-@pytest.mark.parametrize("keep", [1.0, 2])
+@pytest.mark.parametrize(("case", "keep"), [("plain", 1.0), ("padded_ragged", 2), ("multi_image", 1.0)])
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_video"])
 @torch.no_grad()
-def test_quota_is_the_model_on_resized_frames(case: str, keep: int | float) -> None:
-    model = tiny("llava_onevision")
-    batch = inputs(model, "llava_onevision", "video", case)
+def test_quota_is_the_model_on_resized_frames(family: str, case: str, keep: int | float) -> None:
+    model = tiny(family)
+    batch = inputs(model, family, "video", case)
     method = QuoTA(keep=keep, scorer=Brightness(), tokenizer=Letters())
     with compress(model, method) as session:
         got = oracle.generate_with_logits(model, batch, max_new_tokens=3)
-    lengths = [len(row) for row in expected(model, batch, keep)]
+    rows = expected(model, batch, keep)
+    lengths = [len(row) for row in rows]
     assert session.report.layer_lengths[0] == lengths and sum(lengths) < int(batch["attention_mask"].sum())
     assert all(n <= most for n, most in zip(session.report.tokens_out, [16 if keep == 1.0 else 8] * 9, strict=False))
-    for row, embeds in enumerate(expected(model, batch, keep)):
+    for row, embeds in enumerate(rows):
         want = model.generate(
             inputs_embeds=embeds[None],
             attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
@@ -287,9 +303,10 @@ def test_quota_is_the_model_on_resized_frames(case: str, keep: int | float) -> N
 
 
 @pytest.mark.parametrize("case", ["plain", "padded_ragged"])
-def test_equal_scores_at_full_budget_are_the_plain_model(case: str) -> None:
-    model = tiny("llava_onevision")
-    batch = inputs(model, "llava_onevision", "video", case)
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_video"])
+def test_equal_scores_at_full_budget_are_the_plain_model(family: str, case: str) -> None:
+    model = tiny(family)
+    batch = inputs(model, family, "video", case)
     plain = oracle.generate_with_logits(model, batch, max_new_tokens=3)
     with compress(model, QuoTA(keep=1.0, scorer="uniform")):
         got = oracle.generate_with_logits(model, batch, max_new_tokens=3)
@@ -313,9 +330,10 @@ def test_removed_frames_vanish_and_the_text_stays() -> None:
         assert bool(out.logits.isfinite().all())
 
 
-def test_frames_left_out_before_the_tower_have_no_share() -> None:
-    model = tiny("llava_onevision")
-    batch = inputs(model, "llava_onevision", "video", "plain")
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_video"])
+def test_frames_left_out_before_the_tower_have_no_share(family: str) -> None:
+    model = tiny(family)
+    batch = inputs(model, family, "video", "plain")
     scores = [0.4, 0.9, 1.0, 1.0]
     method = Sequential(
         parts=(FirstTwo(positions="renumber"), QuoTA(keep=1.0, scorer={"name": "given", "scores": scores}))
@@ -334,9 +352,10 @@ def test_frames_left_out_before_the_tower_have_no_share() -> None:
 
 @pytest.mark.skipif(not TAKES_FEATURES, reason="transformers takes no mm_encoder_outputs")
 @pytest.mark.parametrize("case", ["plain", "padded_ragged"])
-def test_short_inputs_give_the_same_answer(case: str) -> None:
-    model = tiny("llava_onevision")
-    batch = inputs(model, "llava_onevision", "video", case)
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_video"])
+def test_short_inputs_give_the_same_answer(family: str, case: str) -> None:
+    model = tiny(family)
+    batch = inputs(model, family, "video", case)
     method = QuoTA(keep=3, scorer=Brightness(), tokenizer=Letters())
     with compress(model, method):
         want = oracle.generate_with_logits(model, batch, max_new_tokens=3)

@@ -15,7 +15,7 @@ from mmtoken.streaming.stream import Stream
 from tests.backbones import processors
 from tests.backbones.tiny_models import build
 
-FAMILIES = ("llava_onevision", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("llava_onevision", "llava_video", "qwen2_5_vl", "qwen3_vl")
 
 SIZE = (128, 64)
 """(width, height) of frames that every processor resizes alike, in a step as in a video of six frames."""

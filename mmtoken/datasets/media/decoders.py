@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import av
-import numpy as np
 
 from mmtoken.datasets.media.limits import MediaLimits, Refusal
 from mmtoken.datasets.media.pyav import Facts, Frame, Video
@@ -74,17 +73,17 @@ class TorchCodec:
             raise _failed("torchcodec", error) from error
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        times = np.append(self.facts.times, self.facts.end)
+        times = self.facts.times
         for index in indices:
-            middle = float(times[index] + times[index + 1]) / 2
             try:
-                played = self._decoder.get_frame_played_at(middle)
-                pixels = played.data.numpy()
+                # By number: by time it takes the next frame where one is shown for longer than its container says.
+                shown = self._decoder.get_frame_at(int(index))
+                pixels = shown.data.numpy()
             except Exception as error:
                 raise _failed("torchcodec", error) from error
-            if abs(float(played.pts_seconds) - times[index]) > self.facts.tick:
+            if abs(float(shown.pts_seconds) - times[index]) > self.facts.tick:
                 raise Refusal(
-                    f"shows another frame at {times[index]:.3f} s by torchcodec ({float(played.pts_seconds):.3f} s); "
+                    f"shows another frame at {times[index]:.3f} s by torchcodec ({float(shown.pts_seconds):.3f} s); "
                     "take backend='pyav'."
                 )
             yield _checked("torchcodec", pixels, self.facts)

@@ -50,7 +50,6 @@ class DecodingProcess:
             bufsize=0,
             start_new_session=True,  # Ctrl-C is the caller's to handle
         )
-        self._owner = os.getpid()
         assert self._process.stdin is not None and self._process.stdout is not None
         self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
         for pipe in (self._in, self._out):
@@ -89,15 +88,12 @@ class DecodingProcess:
         return float(header["time"]), np.frombuffer(payload, np.uint8).reshape(shape)
 
     def close(self) -> None:
-        """Stop the process. In a forked copy of the caller only the pipes are let go of: the process is not its own."""
+        """Stop the process. A forked copy of the caller lets go of the pipes only: the process is no child of its own."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-        if os.getpid() != self._owner:
-            self._process.returncode = 0  # else its destructor warns and waits
-            return
-        if self._process.returncode is None:
+        if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
 

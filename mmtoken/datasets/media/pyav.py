@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import io
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -179,8 +180,6 @@ class Video:
             last = max(last, (when + (packet.duration or 0)) * float(packet.time_base))
             if packet.stream_index != stream.index or packet.is_discard:
                 continue
-            if not keys and not packet.is_keyframe:
-                continue  # a cut that did not fall on a key frame: these have nothing to build on
             if packet.is_keyframe:
                 keys.append(when)
             stamps.add(when)
@@ -190,6 +189,7 @@ class Video:
                     f"holds more than max_frames={self._limits.max_frames} frames; cut it, or raise that limit."
                 )
         self._keys = sorted(set(keys))
+        # Behind a cut that did not fall on a key frame there are some that have nothing to build on.
         self._pts = sorted(when for when in stamps if keys and when >= self._keys[0])
         if not self._pts:
             raise Refusal(f"holds no frame that can be shown; give {KINDS}.")
@@ -293,15 +293,11 @@ class Video:
                 if frame.pts is None:
                     continue
                 before, self._last = self._last, frame
-                if before is not None and frame.pts < before.pts:
-                    self._decoded = self._last = None
-                    raise Refusal(
-                        f"has time stamps that run backwards at {self._seconds(before.pts)}, so it is unknown which "
-                        "frame belongs there; write it anew as MP4 or MKV."
-                    )
                 if before is None and frame.pts > when:
                     return None
-                if before is not None and self._lost(before.pts, frame.pts):
+                if before is not None and (frame.pts < before.pts or self._skipped(before.pts, frame.pts)):
+                    self._check_forwards(min(before.pts, frame.pts), frame)
+                    self._lose(bisect.bisect_right(self._pts, before.pts))
                     break
                 if frame.is_corrupt:
                     self._lose(bisect.bisect_left(self._pts, frame.pts))
@@ -319,14 +315,28 @@ class Video:
             raise self._damaged(when)
         return None
 
-    def _lost(self, before: int, now: int) -> bool:
-        """No frame came out for a time stamp in between: a decoder passes over what it does not understand."""
-        first = bisect.bisect_right(self._pts, before)
-        # VP8 has packets that are never shown.
-        if self._stream.codec_context.name == "vp8" or first == len(self._pts) or self._pts[first] >= now:
+    def _skipped(self, before: int, now: int) -> bool:
+        """No frame came out for a time stamp in between."""
+        if self._stream.codec_context.name == "vp8":  # has packets that are never shown
             return False
-        self._lose(first)
-        return True
+        following = bisect.bisect_right(self._pts, before)
+        return following < len(self._pts) and self._pts[following] < now
+
+    def _check_forwards(self, before: int, frame: Any) -> None:
+        """Tell frames in the wrong order, which is the whole file's fault, from a frame that is missing.
+
+        Raises:
+            Refusal: what comes next is earlier.
+        """
+        assert self._decoded is not None
+        following = [frame.pts, *(later.pts for later in itertools.islice(self._decoded, _WALK))]
+        known = [when for when in following if when is not None]
+        if known != sorted(known) or known[0] <= before:
+            self._decoded = self._last = None
+            raise Refusal(
+                f"has time stamps that run backwards behind {self._seconds(before)}, so it is unknown which frame "
+                "belongs there; write it anew as MP4 or MKV."
+            )
 
     def _lose(self, index: int) -> None:
         """Mark a frame as damaged, and those up to the next key frame, which may be built on it."""

@@ -32,18 +32,18 @@ class FrameSource(Iterator[TimedFrame]):
 
     Attributes:
         kind: what the frames come from.
-        duration: seconds, None for a camera.
+        end: seconds at which the last frame ends, None for a camera.
     """
 
     def __init__(
         self,
         kind: Literal["file", "folder", "camera"],
         frames: Iterator[TimedFrame],
-        duration: float | None,
+        end: float | None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.kind = kind
-        self.duration = duration
+        self.end = end
         self._frames = frames
         self._close = close
 
@@ -90,7 +90,7 @@ def open_frames(
         if Path(source).is_dir():
             return frames_of_folder(source, 1.0 if fps is None else fps, limits=limits, field=field)
     reader = VideoReader(source, backend=backend, limits=limits, trusted=trusted, field=field)
-    return FrameSource("file", reader.stream(fps), reader.duration, reader.close)
+    return FrameSource("file", reader.stream(fps), float(reader.times[0]) + reader.duration, reader.close)
 
 
 def frames_of_folder(

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from mmtoken.compressors.videoscan import Policy, mean_token, semantic_mask
+from mmtoken.compressors.videoscan import mean_token, semantic_mask
 from mmtoken.datasets.moving_shapes import Clip
 from mmtoken.errors import CheckpointError, MMTokenError
 from mmtoken.models.registry import find_model, list_models
@@ -44,6 +44,8 @@ from mmtoken.models.tiny_llava_video.train import parser, train
 from mmtoken.training.export import network_state
 
 Stage = Literal[1, 2]
+Policy = Literal["true", "repo"]
+"""Positions, named as those of streams (`mmtoken.streaming.memory.StreamPositions`)."""
 
 _DECODER = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
 _TOWER = r"model\.vision_tower\..*self_attn\.[qkv]_proj"
@@ -61,7 +63,7 @@ class Lora:
     """
 
     rank: int = 64
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.05
 
 

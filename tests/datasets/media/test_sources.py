@@ -40,7 +40,7 @@ def test_the_pictures_of_a_folder_come_in_natural_order(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("not a picture")
     (folder / ".hidden").write_text("neither")
     with frames_of_folder(folder, fps=4) as frames:
-        assert (frames.kind, frames.duration) == ("folder", 7 / 4)
+        assert (frames.kind, frames.end) == ("folder", 7 / 4)
         got = list(frames)
     assert [number_of(frame) for frame, _ in got] == list(range(7))
     assert [time for _, time in got] == [k / 4 for k in range(7)]
@@ -72,7 +72,7 @@ def test_the_limits_hold_for_pictures(tmp_path: Path) -> None:
 def test_a_file_gives_its_frames(tmp_path: Path) -> None:
     file = clip(tmp_path / "x.mp4")
     with open_frames(file, fps=10) as frames:
-        assert (frames.kind, frames.duration) == ("file", pytest.approx(1.0))
+        assert (frames.kind, frames.end) == ("file", pytest.approx(1.0))
         assert everything(frames) == list(range(0, 30, 3))
     pytest.importorskip("decord")
     with open_frames(str(file), trusted=True, backend="decord") as frames:

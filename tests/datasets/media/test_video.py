@@ -297,12 +297,14 @@ def test_a_forked_reader_opens_the_file_anew(trusted: bool, folder: Path) -> Non
             video.close()
             queue.put(numbers)
 
+        process = video._decoding
         with video._lock:  # as if another thread were reading while this one forks
             child_process = multiprocessing.get_context("fork").Process(target=child)
             child_process.start()
         child_process.join(60)
         assert child_process.exitcode == 0 and queue.get() == [20, 3, 1]
         assert [number_of(frame) for frame in video.frames_at(times[[20, 3]])] == [20, 3], "the parent's own goes on"
+        assert video._decoding is process
 
 
 class Clips:

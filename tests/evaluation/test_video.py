@@ -1,0 +1,210 @@
+"""The evaluation of video methods: what is shown, what is counted, and that the tower's shortcut changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmtoken.compressors.registry import resolve
+from mmtoken.datasets.moving_shapes import Clip, MovingShapes
+from mmtoken.engine.session import compress
+from mmtoken.errors import InputError
+from mmtoken.evaluation import video, video_figures
+from mmtoken.evaluation.video import Results, Setting, Towers, answer_offline, answer_streaming, held_out, shown
+from mmtoken.models.tiny_llava_video import VideoConfig, build_network, build_processor
+
+SMALL = VideoConfig(vision_layers=2, text_layers=3, width=32, heads=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    torch.manual_seed(3)
+    return build_network(SMALL).eval()
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[Clip]:
+    return list(MovingShapes(31, 3, (8, 8)))
+
+
+@pytest.fixture(scope="module")
+def towers(model: torch.nn.Module, clips: list[Clip]) -> Towers:
+    made = Towers(model)
+    made.compute(clips)
+    return made
+
+
+def test_frames_that_are_shown_are_evenly_spread(clips: list[Clip]) -> None:
+    assert shown(clips[0], None) == list(range(8))
+    assert shown(clips[0], 4) == [1, 3, 5, 7]
+    assert shown(clips[0], 2) == [2, 6]
+    assert shown(clips[0], 99) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    "method", [None, "random", "dycoke", "fastv", "visionzip", {"class_path": "stccacher", "init_args": {"keep": 0.5}}]
+)
+def test_texts_are_those_of_the_plain_call(
+    model: torch.nn.Module, clips: list[Clip], towers: Towers, method: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question by itself, through the processor and the tower, gives the text that is marked here."""
+    processor = build_processor()
+    if isinstance(method, str):
+        method = resolve(method, keep=0.5)
+    elif method is not None:
+        method = resolve(method)
+    seen: list[str] = []
+
+    def mark(text: str, question: object) -> int:
+        seen.append(text)
+        return 0
+
+    monkeypatch.setattr(video, "right", mark)
+    found = answer_offline(model, processor, clips, towers, method, group=2)
+    alone = []
+    for clip in clips:
+        for q in clip.questions:
+            content = [{"type": "video"}, {"type": "text", "text": q.text}]
+            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            inputs = processor(videos=[clip.frames], text=text, return_tensors="pt", add_special_tokens=False)
+            attached = compress(model, method) if method is not None else torch.no_grad()
+            with attached:
+                out = model.generate(**inputs, max_new_tokens=video.MAX_NEW_TOKENS, do_sample=False)  # type: ignore[operator]
+            alone.append(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    same = np.mean([a == b for a, b in zip(seen, alone, strict=True)])
+    assert same == 1.0
+    assert len(found["correct"]) == len(alone)
+    assert found["tokens"] <= 128
+
+
+def test_fewer_frames_are_fewer_tokens(model: torch.nn.Module, clips: list[Clip], towers: Towers) -> None:
+    found = answer_offline(model, build_processor(), clips, towers, None, frames=2)
+    assert found["tokens"] == 32
+
+
+def test_the_tower_is_itself_again_afterwards(towers: Towers) -> None:
+    with towers.given():
+        assert "forward" in vars(towers.tower)
+    assert "forward" not in vars(towers.tower)
+
+
+def test_streams_hold_what_they_may(model: torch.nn.Module, clips: list[Clip]) -> None:
+    processor = build_processor()
+    whole = answer_streaming(model, processor, clips[:1], Setting("all", memory=999))
+    assert (whole["kv_tokens"], whole["frames_held"]) == (128, 8)
+    half = answer_streaming(model, processor, clips[:1], Setting("half", memory=64))
+    assert (half["kv_tokens"], half["frames_held"]) == (64, 4)
+    thin = answer_streaming(model, processor, clips[:1], Setting("thin", "random", {"keep": 4}, memory=32))
+    assert (thin["kv_tokens"], thin["frames_held"]) == (32, 8)
+    few = answer_streaming(model, processor, clips[:1], Setting("few", frames=2, memory=32))
+    assert (few["kv_tokens"], few["frames_held"]) == (32, 2)
+
+
+def test_settings_have_names_of_their_own_and_real_methods() -> None:
+    for settings in (video.offline_settings(), video.streaming_settings(), video.videoscan_settings()):
+        assert len({s.name for s in settings}) == len(settings)
+        assert settings[0].role == "dense" or settings[0].method == "videoscan"
+        for setting in settings:
+            assert (setting.compressor() is None) == (setting.method is None)
+
+
+def test_held_out_clips_are_not_those_of_training() -> None:
+    test = held_out(1, 16)[0].frames
+    assert not np.array_equal(test, MovingShapes(0, 1)[0].frames)
+    assert not np.array_equal(test, MovingShapes(1, 1)[0].frames)
+    assert len(held_out(1, 16, 12)[0].questions) == 12
+
+
+def test_results_are_kept_and_go_on(tmp_path: Path) -> None:
+    questions = [{"clip": 0, "type": "count", "age": 1, "answer": "2", "motion": 0.0}]
+    head = {"weights": "1"}
+    results = Results(tmp_path / "video-offline.json", head, questions)
+    results.refuse("b", "no")
+    results.put("a", {"correct": [1]})
+    results.put("b", {"correct": [0]})
+    again = Results(tmp_path / "video-offline.json", head, questions)
+    assert again.has("a")
+    assert again.content["refused"] == {}
+    assert not Results(tmp_path / "video-offline.json", {"weights": "2"}, questions).has("a")
+    assert not Results(tmp_path / "video-offline.json", head, []).has("a")
+
+
+def test_shares_are_joined_in_order(tmp_path: Path) -> None:
+    head, questions = {"weights": "1"}, [{"clip": 0}]
+    names = [s.name for s in video.offline_settings()[:4]]
+    for turn in (0, 1):
+        share = Results(tmp_path / f"video-offline-{turn:02d}.json", head, questions)
+        for name in names[turn::2]:
+            share.put(name, {"correct": [turn]})
+    video.join(tmp_path, "offline")
+    assert [file.name for file in tmp_path.iterdir()] == ["video-offline.json"]
+    assert list(json.loads((tmp_path / "video-offline.json").read_text())["results"]) == names
+    with pytest.raises(InputError, match="no video-offline"):
+        video.join(tmp_path, "offline")
+    for turn, weights in ((0, "1"), (1, "2")):
+        Results(tmp_path / f"video-quota-{turn:02d}.json", {"weights": weights}, questions).put("a", {})
+    with pytest.raises(InputError, match="different"):
+        video.join(tmp_path, "quota")
+
+
+def test_skipped_frames_take_the_last_computed_one() -> None:
+    hidden = torch.arange(8.0).view(8, 1, 1)
+    assert video._skipped([hidden], 0.5)[0].flatten().tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert video._skipped([hidden], 1.0)[0].flatten().tolist() == list(range(8))
+    assert video._skipped([hidden], 0.1)[0].flatten().tolist() == [0] * 8
+
+
+def test_errors_are_counted_per_kind_of_frame(clips: list[Clip]) -> None:
+    dense = [torch.ones(8, 3, 2) for _ in clips]
+    other = [value.clone() for value in dense]
+    for clip, value in zip(clips, other, strict=True):
+        for t, kind in enumerate(clip.camera):
+            value[t] *= 1.5 if kind == "panning" else 1.0
+    found = video._errors(clips, dense, other)
+    assert found["static"] == found["cut"] == 0
+    assert found.get("panning", 0.5) == 0.5
+
+
+def test_scores_mark_the_frames_with_evidence(clips: list[Clip]) -> None:
+    question = clips[0].questions[0]
+    hold = {t for t, _ in question.evidence}
+    rng = np.random.default_rng(0)
+    assert video._evidence_scores(clips[0], question, 0.0, rng) == [1.0 if t in hold else 0.1 for t in range(8)]
+    assert video._evidence_scores(clips[0], question, 1.0, rng) == [0.1 if t in hold else 1.0 for t in range(8)]
+
+
+def made_up() -> dict[str, object]:
+    questions = [
+        {"clip": i, "type": "count" if i % 2 else "left", "age": 3 * i, "answer": "1", "motion": i / 20}
+        for i in range(20)
+    ]
+    setting = Setting("half", "random", {"keep": 0.5}).to_dict()
+    entry = {"setting": setting, "correct": [1, 0, 0, 0] * 5, "tokens": 128.0, "layer_average": 128.0}
+    return {"questions": questions, "results": {"half": entry}, "refused": {"x": "cannot"}, "clips": 20, "frames": 16}
+
+
+def test_tables_count_what_they_say() -> None:
+    results = made_up()
+    found = video_figures.by_type(results, "half")
+    assert found["all"]["accuracy"] == 0.25
+    assert (found["left"]["accuracy"], found["left"]["n"]) == (0.5, 10)
+    assert found["count"]["accuracy"] == 0
+    ages = video_figures.by_age(results, "half")
+    assert [f["n"] for f in ages] == [2, 3, 5, 5, 5]
+    assert [f["n"] for f in video_figures.by_motion(results, "half", 2)] == [10, 10]
+    assert "| half | 128 | 0.250 (0.11-0.47) | 0.50 | 0.00 |" in video_figures.table(results, (("tokens", "tokens"),))
+    assert video_figures.families(results) == {"random": ["half"]}
+
+
+def test_pictures_and_report_are_written(tmp_path: Path) -> None:
+    results = made_up()
+    (tmp_path / "video-offline.json").write_text(json.dumps(results))
+    video_figures.main(["--results", str(tmp_path)])
+    assert (tmp_path / "video-offline.png").stat().st_size > 1000
+    text = (tmp_path / "video.md").read_text()
+    assert "20 clips of 16 frames" in text
+    assert "- x: cannot" in text
