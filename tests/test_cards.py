@@ -30,7 +30,8 @@ def test_cards_are_generated(name: str) -> None:
 @every
 def test_folders_hold_nothing_but_their_card_preset_and_results(name: str) -> None:
     files = {file.name for file in (CARDS / name).iterdir()}
-    assert {"README.md", "preset.yaml"} <= files <= {"README.md", "preset.yaml", "results.json"}
+    always = {"README.md", "preset.yaml"}
+    assert always <= files <= {*always, "results.json", "video.md", "video.png"}
 
 
 @every
