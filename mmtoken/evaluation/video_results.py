@@ -235,12 +235,23 @@ def by_motion(part: Part, name: str, groups: int = 3) -> list[float]:
 # --- readings ---------------------------------------------------------------------------------------------------------
 
 
+_NOTES = {
+    "videoscan": "The model was not fine-tuned to read carriers in these two parts, which the method needs.",
+    "dycoke": "In streams it keeps the first of every four frames whole, so that at the same memory it holds fewer frames.",
+    "stccacher": "It saves work in the tower only: tokens and memory are those of the whole model.",
+    "vidcom2": "It needs the whole video and so is not in the streams.",
+    "evs": "It needs the whole video and so is not in the streams.",
+}
+
+
 def reading(method: str, parts: Mapping[str, Part]) -> list[str]:
     """Paragraphs about a method, every number in them taken from the results; [] where there are none."""
     found: list[str] = []
     for name in ("offline", "streaming"):
         if name in parts and parts[name].of(method):
             found += _READ[name](method, parts[name])
+    if found and method in _NOTES:
+        found.append(_NOTES[method])
     if method == "stccacher" and "cacher" in parts:
         found += _reuse(parts["cacher"])
     if method == "quota" and "quota" in parts:
@@ -273,7 +284,7 @@ def _offline(method: str, part: Part) -> list[str]:
         controls = _controls(part, tokens)
         if controls:
             gains = ", ".join(f"{title} {_signed(part, name, control)}" for title, control in controls.items())
-            line += f" {gains[0].upper()}{gains[1:]} in its favour."
+            line += f" {gains[0].upper()}{gains[1:]}."
         lost = _lost(part, name)
         lines.append(line + (f" It loses most in {lost}." if lost else ""))
     head = (
@@ -296,7 +307,7 @@ def _streaming(method: str, part: Part) -> list[str]:
         memory = part.setting(name)["memory"]
         others = [n for n in part.names if part.setting(n)["memory"] == memory and part.setting(n)["role"] == "control"]
         line = (
-            f"- {part.mean(name, 'kv_tokens'):.0f} tokens of {part.mean(name, 'frames_held'):.0f} frames held: "
+            f"- {name}: {part.mean(name, 'kv_tokens'):.0f} tokens of {part.mean(name, 'frames_held'):.0f} frames held: "
             f"{part.accuracy(name)}; facts {far[0]} frames old or more {part.accuracy(name, ages=far).mean:.2f}."
         )
         if others:
