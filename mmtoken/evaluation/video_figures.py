@@ -37,6 +37,8 @@ from mmtoken.evaluation.video_results import (
 from mmtoken.wholefile import whole_file
 
 _MARKS = "osD^v<>PXhd*"
+_COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "navy", "lime")
+"""Without grey, which is for controls."""
 _CONTROLS = ("random", "uniformgrid", "downscale", "fewer frames", "oldest leave")
 
 
@@ -65,7 +67,7 @@ def _style(number: int, name: str) -> dict[str, Any]:
     control = name in _CONTROLS
     shade = f"{0.25 + 0.13 * _CONTROLS.index(name)}" if control else None
     return {
-        "color": shade or f"C{number % 10}",
+        "color": shade or _COLORS[number % len(_COLORS)],
         "marker": _MARKS[number % len(_MARKS)],
         "linestyle": "--" if control else "-",
         "linewidth": 1.2,

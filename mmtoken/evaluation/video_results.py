@@ -15,7 +15,7 @@ from mmtoken.errors import InputError
 from mmtoken.evaluation.video import joined
 
 PARTS = ("offline", "streaming", "cacher", "quota", "videoscan")
-AGES = ((0, 4), (5, 14), (15, 29), (30, 44), (45, 63))
+AGES = ((0, 14), (15, 29), (30, 44), (45, 63))
 """Frames since the evidence was last visible, first and last of each group."""
 CARDS = ("stcpruner", "stccacher", "videoscan", "quota", "dycoke", "vidcom2", "evs", "rekv")
 """Methods whose cards show this evidence."""
@@ -237,7 +237,7 @@ def by_motion(part: Part, name: str, groups: int = 3) -> list[float]:
 
 _NOTES = {
     "videoscan": "The model was not fine-tuned to read carriers in these two parts, which the method needs.",
-    "dycoke": "In streams it keeps the first of every four frames whole, so that at the same memory it holds fewer frames.",
+    "dycoke": "In streams the first of every four frames stays whole, so that the same memory holds fewer frames.",
     "stccacher": "It saves work in the tower only: tokens and memory are those of the whole model.",
     "vidcom2": "It needs the whole video and so is not in the streams.",
     "evs": "It needs the whole video and so is not in the streams.",

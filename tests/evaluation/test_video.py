@@ -213,7 +213,7 @@ def test_seeds_are_averaged_and_compared_question_by_question(evidence: Path) ->
     assert (found.mean, found.low, found.high, found.runs) == (0.5, 0.25, 0.75, 2)
     assert part.accuracy("dycoke 0.05", kind="left").mean == pytest.approx(0.75 * 0.5 + 0.5 * 0.5, abs=0.3)
     ages = [part.accuracy("dense", ages=group).questions for group in video_results.AGES]
-    assert ages == [2, 3, 5, 5, 5]
+    assert ages == [5, 5, 5, 5]
     mean, low, high = part.difference("dycoke 0.05", "random 0.125")
     assert mean == pytest.approx(0.25)
     assert low <= mean <= high
@@ -224,19 +224,20 @@ def test_readings_say_what_the_numbers_say(evidence: Path) -> None:
     text = " ".join(video_results.reading("dycoke", video_results.gather(evidence)))
     assert "32 of 256 tokens: 0.50 (0.25 to 0.75 over 2 seeds)" in text
     assert "Random draw +0.25" in text
-    assert "128 tokens" in text and "oldest leave 128 +0.50" in text
+    assert "dycoke 128: 9 tokens of 4 frames held: 0.75" in text
+    assert "oldest leave 128 +0.50" in text
 
 
 def test_pictures_reports_and_cards_are_written(evidence: Path, tmp_path: Path) -> None:
     out, cards = tmp_path / "out", tmp_path / "cards"
     out.mkdir()
-    (out / "README.md").write_text("a\n<!-- video -->\nold\n<!-- end -->\nb\n")
+    (out / "README.md").write_text("a\n<!-- video -->\nSTALE\n<!-- end -->\nb\n")
     video_figures.main(["--evidence", str(evidence), "--out", str(out), "--cards", str(cards)])
     assert (out / "video-offline.png").stat().st_size > 1000
     assert (out / "video-streaming.png").stat().st_size > 1000
     assert "| dycoke 0.05 |" in (out / "video.md").read_text()
     card = (out / "README.md").read_text()
-    assert "old" not in card
+    assert "STALE" not in card
     assert card.startswith("a\n<!-- video -->\n") and card.endswith("<!-- end -->\nb\n")
     stored = json.loads((out / "video-offline.json").read_text())
     assert "some/" not in json.dumps(stored)
