@@ -67,6 +67,8 @@ def note_tokens(report: Report, tokens: VisualTokens) -> None:
     """The surviving tokens, as tokens and as indices per item."""
     report.tokens = tokens.replace(features=tokens.features.detach())
     report.kept = tokens.kept()
+    left = tokens.valid & tokens.protected
+    report.separators = [source[where] for source, where in zip(tokens.source, left, strict=True)]
     report.kernels = {"scores": "torch"}
 
 

@@ -163,6 +163,9 @@ def test_one_frame_is_remembered_and_a_copy_of_the_memory_goes_back():
         reference = context.memory["groups"][0].reference
         assert (reference is None) == (number % 4 == 3)
         assert reference is None or reference.untyped_storage().nbytes() == 6 * 5 * 4
+    # Nor does a push of many frames stay in memory.
+    DyCoke(keep=2).llm_input(video(features[:39]), context)
+    assert context.memory["groups"][0].reference.untyped_storage().nbytes() == 6 * 5 * 4
 
 
 def test_a_stream_has_no_last_frames_and_one_size():

@@ -253,6 +253,7 @@ def test_going_back_to_a_copy_of_the_memory_undoes_a_step():
         method.llm_input(video(features[:2]), context)
         before = copied(context.memory)
         method.llm_input(video(features[3:]), context)
+        assert (before["histories"][0].chunks, context.memory["histories"][0].chunks) == (2, 3)
         context.memory = before
         left = positions(method.llm_input(video(features[2:3]), context), 6, "none")
         assert [12 + place for place in left] == offline(method, features[:3])[4:]

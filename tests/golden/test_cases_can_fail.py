@@ -30,7 +30,6 @@ def spoil(case: GoldenCase, name: str, kind: str, seed: int) -> GoldenCase:
         value.view(-1)[place] += 10 * float(case.tolerance(kind, value.view(-1)[place])) or 1e-6
     elif value.dtype == torch.bool:
         value.view(-1)[place] = ~value.view(-1)[place]
-        value.view(-1)[place] ^= True
     else:
         value.view(-1)[place] += 1 if seed % 2 else -1
     return spoilt

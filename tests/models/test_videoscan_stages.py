@@ -266,8 +266,8 @@ def test_a_recipe_trains(stage, tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_stage_trains_for_a_given_time(stage, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stage", "adapters"), [(1, []), (2, ["--lora-rank", "2"])])
+def test_a_stage_trains_for_a_given_time(stage, adapters, tmp_path, monkeypatch):
     first = objective(1)
     out = tmp_path / "run"
     monkeypatch.setattr(videoscan, "VideoScanStage", functools.partial(VideoScanStage, network=TINY))
@@ -275,7 +275,7 @@ def test_a_stage_trains_for_a_given_time(stage, tmp_path, monkeypatch):
     torch.save({"state_dict": first.state_dict(), "global_step": 1, "epoch": 0}, file)
     options = ["--stage", str(stage), "--start", str(file), "--out", str(out), "--minutes", "1", "--steps", "2"]
     options += ["--frames", "12", "--questions", "2", "--workers", "1", "--validation-clips", "2", "--device", "cpu"]
-    videoscan.main(options)
+    videoscan.main([*options, *adapters])
     report = json.loads((out / "metrics.json").read_text())
     assert [check["step"] for check in report["checks"]] == [0, 2] and report["options"]["stage"] == stage
     assert set(plain_weights(out / "last.ckpt")) == set(first.network.state_dict())

@@ -88,7 +88,7 @@ class DecodingProcess:
         return float(header["time"]), np.frombuffer(payload, np.uint8).reshape(shape)
 
     def close(self) -> None:
-        """Stop the process. A forked copy of the caller lets go of the pipes only: the process is no child of its own."""
+        """Stop the process. In a forked copy of the caller only the pipes close: the process is no child of its own."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
