@@ -14,10 +14,10 @@ from mmtoken.errors import InputError
 from mmtoken.evaluation.overlay import View, draw
 from mmtoken.streaming.report import WatchedStep
 
-SIDE = 336
+SIDE = 240
 """Pixels of a frame's longer side."""
 
-_STRIP, _BAR, _MARGIN, _LINE = 96, 40, 10, 15
+_STRIP, _BAR, _MARGIN = 76, 40, 8
 _PAPER, _INK, _HELD, _GONE, _NOW = "white", (40, 40, 40), (60, 110, 190), (205, 205, 205), (230, 140, 20)
 
 
@@ -28,12 +28,10 @@ class Scene:
     Attributes:
         frame: uint8[H, W, 3], the first of its step.
         step: what the stream did with it.
-        note: a line below the picture, such as a question with its answer.
     """
 
     frame: np.ndarray[Any, Any]
     step: WatchedStep
-    note: str = ""
 
 
 def paint(scenes: Sequence[Scene]) -> list[Image.Image]:
@@ -50,7 +48,7 @@ def paint(scenes: Sequence[Scene]) -> list[Image.Image]:
 
 def encode(pictures: Sequence[Image.Image], milliseconds: int = 500, last: int = 2500) -> bytes:
     """The pictures as an animated GIF that repeats; the last one stays longer."""
-    palette = [picture.quantize(128, method=Image.Quantize.MEDIANCUT) for picture in pictures]
+    palette = [picture.quantize(64, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) for picture in pictures]
     times = [milliseconds] * (len(palette) - 1) + [last]
     buffer = io.BytesIO()
     palette[0].save(buffer, "GIF", save_all=True, append_images=palette[1:], duration=times, loop=0)
@@ -68,10 +66,9 @@ def _picture(scene: Scene, highest: int, steps: int) -> Image.Image:
     sheet.paste(shown, (0, 0))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     total = step.grid[0] * step.grid[1]
-    line = f"{step.time:.1f} s    {len(step.kept)} of {total} tokens enter    {sum(step.held.values())} held"
+    line = f"{step.time:.0f} s: {len(step.kept)} of {total} tokens enter, {sum(step.held.values())} held"
     top = shown.height + 6
     pen.text((_MARGIN, top), line, _INK, font)
-    pen.text((_MARGIN, top + _LINE), scene.note, _NOW, font)
     floor, wide = sheet.height - 6, (sheet.width - 2 * _MARGIN) / steps
     for number in range(step.number + 1):
         left = _MARGIN + number * wide

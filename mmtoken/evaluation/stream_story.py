@@ -1,4 +1,4 @@
-"""A short stream, told: a generated clip is watched frame by frame, and questions come while it runs."""
+"""A short stream, told: a generated clip is watched frame by frame in a bounded memory, then questions come."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ SEED = 20261127
 
 @dataclass(frozen=True)
 class Asked:
-    """A question during the stream: seconds, text, the right answer, and what the compressed and dense streams said."""
+    """A question at the end of the stream: text, the right answer, and what the compressed and dense streams said."""
 
-    time: float
     question: str
     expected: str
     answer: str
@@ -62,13 +61,12 @@ def tell_stream(
         keep: tokens per frame.
         memory_tokens: the bound.
     """
-    clip = MovingShapes(SEED, 1, (frames, frames))[0]
+    clip = MovingShapes(SEED, 1, (frames, frames), active=frames)[0]
     method = STCPruner(keep=keep)
     scenes, answers, report = _watch(model, processor, clip, method, memory_tokens)
     _, dense_answers, dense = _watch(model, processor, clip, None, memory_tokens)
-    last = float(clip.times[-1])
     asked = [
-        Asked(last, question.text, question.answer, answer, other)
+        Asked(question.text, question.answer, answer, other)
         for question, answer, other in zip(clip.questions, answers, dense_answers, strict=True)
     ]
     return StreamStory(method, memory_tokens, asked, encode(paint(scenes)), report, dense, frames)
