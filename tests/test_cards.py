@@ -43,5 +43,6 @@ def test_presets_are_the_defaults_and_load_by_the_registry_and_the_command_line(
     add_compressor(parser)
     assert take_compressor(parser, ["--compressor", str(file)])[1] == default
     if cls.sites != {"cache"}:  # whose entries have their positions already
-        changed = take_compressor(parser, ["--compressor", str(file), "--compressor.positions", "renumber"])[1]
-        assert changed == resolve(default, positions="renumber") != default
+        other = "keep" if default.positions == "renumber" else "renumber"
+        changed = take_compressor(parser, ["--compressor", str(file), "--compressor.positions", other])[1]
+        assert changed == resolve(default, positions=other) != default
