@@ -68,5 +68,15 @@ def test_the_first_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "[64] -> [16]" in capsys.readouterr().out
 
 
+def test_the_streaming_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    (example,) = [
+        found for found in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "mmtoken.stream(" in found
+    ]
+    exec(compile(example, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "blue" and printed[1].startswith("32 frames in 128 tokens")
+
+
 if __name__ == "__main__":
     write_tables()

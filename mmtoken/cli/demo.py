@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
         ) from error
     with quiet():
         model, processor = load("tiny-llava")
-    story = tell(model, processor, quick=options.quick, progress=_progress)
+        video = load("tiny-llava-video")
+    story = tell(model, processor, video=video, quick=options.quick, progress=_progress)
     page = options.out / "index.html"
     with whole_file(page) as temporary:
         temporary.write_text(render(story), encoding="utf-8")

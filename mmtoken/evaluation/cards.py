@@ -29,6 +29,8 @@ CONTROL_KEEP = 0.25
 """Budget in the presets of controls, which have no default."""
 
 README, PRESET, RESULTS = "README.md", "preset.yaml", "results.json"
+VIDEO = "video.md"
+"""What `mmtoken.evaluation.video_figures` wrote about a method; it goes into the card as it is."""
 
 
 def preset(cls: type[Compressor]) -> str:
@@ -38,13 +40,14 @@ def preset(cls: type[Compressor]) -> str:
     return note + yaml.safe_dump(written, sort_keys=False)
 
 
-def card(name: str, cls: type[Compressor], results: Mapping[str, Any] | None = None) -> str:
+def card(name: str, cls: type[Compressor], results: Mapping[str, Any] | None = None, video: str | None = None) -> str:
     """The README of a method's folder.
 
     Args:
         name: what people type.
         cls: the class.
         results: content of its `results.json`, as `split_results` makes it.
+        video: content of its `video.md`.
     """
     idea, settings = docstring(cls)
     for base in cls.__mro__[1:]:  # settings that a method takes over from another one
@@ -92,6 +95,8 @@ def card(name: str, cls: type[Compressor], results: Mapping[str, Any] | None = N
     ]
     if results is not None:
         lines += ["", "## Results", "", *_results(results)]
+    if video is not None:
+        lines += ["", "## On videos", "", video.rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -166,9 +171,10 @@ def write_cards(folder: str | Path, accuracy: Sequence[str | Path] = ()) -> list
 
 
 def contents(name: str, cls: type[Compressor], place: Path) -> dict[str, str]:
-    """File name -> text of what is generated into the folder `place`, whose `results.json` is read if there is one."""
+    """File name -> text of what is generated into the folder `place`, whose `results.json` and `video.md` are read."""
     results = _read(place / RESULTS) if (place / RESULTS).exists() else None
-    return {README: card(name, cls, results), PRESET: preset(cls)}
+    video = (place / VIDEO).read_text() if (place / VIDEO).exists() else None
+    return {README: card(name, cls, results, video), PRESET: preset(cls)}
 
 
 def _default(cls: type[Compressor]) -> Compressor:

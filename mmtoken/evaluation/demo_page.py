@@ -16,6 +16,7 @@ import mmtoken
 from mmtoken.evaluation.accuracy import ALL
 from mmtoken.evaluation.lineup import DENSE
 from mmtoken.evaluation.story import Story, Told, dense
+from mmtoken.evaluation.stream_story import StreamStory
 
 _STYLE = Path(mmtoken.__file__).parent / "assets" / "demo" / "style.css"
 _DASHES = ("2 4", "7 4", "9 3 2 3")
@@ -37,6 +38,7 @@ def render(story: Story) -> str:
             _samples(story, keeps, shown),
             _costs(story, keeps),
             _stages(story, shown),
+            _stream(story.stream) if story.stream else "",
             _accuracy(story),
             _speed(story),
             _limits(story),
@@ -210,6 +212,37 @@ def _costs(story: Story, keeps: Sequence[int]) -> str:
         )
         + "</section>"
     )
+
+
+def _stream(told: StreamStory) -> str:
+    rows = [
+        _row(
+            one.question,
+            [one.expected, *(f"{said} {'✓' if said == one.expected else '✗'}" for said in (one.answer, one.dense))],
+            "method",
+        )
+        for one in told.asked
+    ]
+    right = sum(one.answer == one.expected for one in told.asked)
+    plain = sum(one.dense == one.expected for one in told.asked)
+    header = ("question", "truth", told.compressor.title, "no compressor")
+    data = base64.b64encode(told.film).decode()
+    return f"""<section aria-labelledby="stream">
+<h2 id="stream">A stream in a bounded memory</h2>
+<div class="split">
+<figure><img class="picture" src="data:image/gif;base64,{data}" alt="The clip with the tokens that enter the decoder
+bright, and a bar for every frame that is still held" width="240">
+<figcaption>Bright: what enters the language model. Bars: what is held of each second.</figcaption></figure>
+<div>
+<p>{told.frames} frames pass one by one. The memory takes {told.memory_tokens} tokens, whatever comes: without a
+compressor that is {told.dense.frames_held} frames of 16 tokens, and what was before is gone. {told.compressor.title}
+keeps {told.compressor.keep} tokens of each, so {told.report.frames_held} frames are still there when the questions
+come. It answers {right} of {len(told.asked)} right, the model that holds whole frames {plain}. One clip is an example,
+not a figure; those over many clips are in models/tiny_llava_video.</p>
+{_table("Questions about the clip", header, rows)}
+</div>
+</div>
+</section>"""
 
 
 def _accuracy(story: Story) -> str:

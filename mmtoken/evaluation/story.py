@@ -21,6 +21,7 @@ from mmtoken.evaluation.accuracy import Batch, first_token_times
 from mmtoken.evaluation.benchmarks import ask, begins_with, first_line
 from mmtoken.evaluation.lineup import DENSE, Entrant, line_up
 from mmtoken.evaluation.overlay import View, draw, overlays
+from mmtoken.evaluation.stream_story import StreamStory, tell_stream
 from mmtoken.evaluation.timing import environment, one_thread
 
 _PACKAGE = Path(mmtoken.__file__).parent
@@ -85,6 +86,7 @@ class Story:
         accuracy: results of `accuracy.evaluate`; `committed` says whether they were read from the repository.
         speed: results of `speed.measure`, measured just now.
         environment: device and versions.
+        stream: a clip that tiny-llava-video watched; None without that model.
     """
 
     samples: list[Sample]
@@ -95,6 +97,7 @@ class Story:
     committed: bool
     speed: dict[str, Any]
     environment: dict[str, Any]
+    stream: StreamStory | None = None
 
 
 def read_samples(folder: Path = SAMPLES) -> list[Sample]:
@@ -118,12 +121,18 @@ def read_samples(folder: Path = SAMPLES) -> list[Sample]:
 
 
 def tell(
-    model: PreTrainedModel, processor: Any, *, quick: bool = False, progress: Progress = lambda line: None
+    model: PreTrainedModel,
+    processor: Any,
+    *,
+    video: tuple[PreTrainedModel, Any] | None = None,
+    quick: bool = False,
+    progress: Progress = lambda line: None,
 ) -> Story:
     """Measure everything; about a minute of CPU time, `quick` a few seconds.
 
     Args:
         model, processor: the shipped tiny LLaVA.
+        video: tiny-llava-video and its processor, which then watch a short stream.
         quick: one budget, a handful of pictures, a toy shape for speed: for tests of the page.
         progress: told about every step.
     """
@@ -140,6 +149,10 @@ def tell(
             _tell_one(model, processor, entrant, samples, batch, row["first_token_ms"]["median"])
             for entrant, row in zip(entrants, times, strict=True)
         ]
+    watched = None
+    if video is not None:
+        progress("demo: watching a stream")
+        watched = tell_stream(*video, frames=8 if quick else 32, memory_tokens=32 if quick else 128)
     committed = COMMITTED.is_file() and not quick
     if committed:
         found = json.loads(COMMITTED.read_text())
@@ -163,6 +176,7 @@ def tell(
             progress=progress,
         ),
         environment=environment(model.device),
+        stream=watched,
     )
 
 

@@ -114,6 +114,8 @@ def streaming_settings() -> list[Setting]:
             role = "control" if name in CONTROLS else "method"
             found.append(Setting(f"{name} {memory}", name, {"keep": share}, memory=memory, role=role))
     found.append(Setting("videoscan 64", "videoscan", memory=64))
+    # As many frames come back for a question as the memory holds.
+    found += [Setting(f"rekv {m}", "rekv", {"keep": m // 16}, memory=m) for m in MEMORIES[1:]]
     found += [Setting(f"stccacher {keep:g}", "stccacher", {"keep": keep}, memory=1040) for keep in (0.25, 0.5)]
     return found
 
@@ -360,17 +362,20 @@ class Results:
             file.write_text(json.dumps(self.content) + "\n")
 
 
-def join(folder: Path, part: str) -> None:
-    """`video-<part>.json` from `video-<part>-<number>.json` of several processes, in the order of the settings.
+def joined(folder: Path, part: str) -> dict[str, Any] | None:
+    """The content of `video-<part>.json` and of the shares `video-<part>-<number>.json`, in the order of the settings.
+
+    Returns:
+        None if there is no such file.
 
     Raises:
-        InputError: there are none, or they are about different questions or weights.
+        InputError: they are about different questions or weights.
     """
-    files = sorted(folder.glob(f"video-{part}-[0-9]*.json"))
+    files = [*sorted(folder.glob(f"video-{part}-[0-9]*.json")), *folder.glob(f"video-{part}.json")]
     if not files:
-        raise InputError(f"out={str(folder)!r} holds no video-{part}-<number>.json.")
+        return None
     contents = [json.loads(file.read_text()) for file in files]
-    whole = contents[0]
+    whole: dict[str, Any] = contents[0]
     if any(c["questions"] != whole["questions"] or c["weights"] != whole["weights"] for c in contents):
         raise InputError(f"out={str(folder)!r}: the files of {part} are about different questions or weights.")
     for kind in ("results", "refused"):
@@ -378,10 +383,9 @@ def join(folder: Path, part: str) -> None:
         order = [s.name for s in SETTINGS[part]()] if part in SETTINGS else []
         names = [n for n in order if n in merged] + [n for n in merged if n not in order]
         whole[kind] = {name: merged[name] for name in names}
-    with whole_file(folder / f"video-{part}.json") as target:
-        target.write_text(json.dumps(whole) + "\n")
-    for file in files:
-        file.unlink()
+    for name in set(whole["results"]) & set(whole["refused"]):
+        del whole["refused"][name]
+    return whole
 
 
 SETTINGS: dict[str, Callable[[], list[Setting]]] = {
@@ -543,7 +547,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", required=True, help="folder of the JSON files")
     parser.add_argument("--share", default=None, metavar="I/N", help="every N-th setting from the I-th, 0 <= I < N")
-    parser.add_argument("--join", action="store_true", help="make one file of those that shares have written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
@@ -553,10 +556,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = {"offline", "streaming", "cacher", "quota", "videoscan"}
     if not set(parts) <= known:
         raise MMTokenError(f"what={options.what!r}: give some of {', '.join(sorted(known))}, with commas.")
-    if options.join:
-        for part in parts:
-            join(Path(options.out), part)
-        return
     turn, of = (int(number) for number in (options.share or "0/1").split("/"))
     model, processor = load(options.model)
     model = model.to(options.device).eval()

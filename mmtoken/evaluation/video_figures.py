@@ -1,270 +1,239 @@
-"""Pictures and tables of the video evidence, made from the files that `mmtoken.evaluation.video` wrote.
+"""Pictures, tables and readings of the video evidence, from what `mmtoken.evaluation.video` wrote for several seeds.
 
-    python -m mmtoken.evaluation.video_figures --results models/tiny_llava_video \\
-        --metrics models/tiny_llava_video/metrics
+    python -m mmtoken.evaluation.video_figures --evidence runs/evidence --out models/tiny_llava_video \\
+        --metrics models/tiny_llava_video/metrics --cards compressors
 
-Draws what there is results for, and writes `video.md` with the numbers behind the pictures.
+`runs/evidence` holds a folder per training seed. `--out` gets the joined `video-<part>.json`, pictures, `video.md`, and
+in its README what stands between `<!-- video -->` and `<!-- end -->`; it can be the evidence of a later call itself.
+`--cards` gets `video.md` and `video.png` in the folders of the methods, which `mmtoken list compressors --cards` puts
+into their cards.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmtoken.datasets.moving_shapes import QUESTION_TYPES
-from mmtoken.errors import InputError
-from mmtoken.evaluation.metrics import wilson
 from mmtoken.evaluation.pictures import check_matplotlib
+from mmtoken.evaluation.video_results import (
+    AGES,
+    CARDS,
+    Accuracy,
+    Part,
+    gather,
+    method_page,
+    report,
+    summary,
+    tower_error,
+)
 from mmtoken.wholefile import whole_file
 
-AGES = ((0, 4), (5, 14), (15, 29), (30, 44), (45, 63))
-"""Frames since the evidence was last visible, first and last of each group."""
-
-_MARKS = "osD^v<>PXh"
-
-
-def marks(results: Mapping[str, Any], name: str) -> list[tuple[dict[str, Any], int]]:
-    """(question, right or not) of a setting."""
-    return list(zip(results["questions"], results["results"][name]["correct"], strict=True))
+_MARKS = "osD^v<>PXhd*"
+_COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "navy", "lime")
+"""Without grey, which is for controls."""
+_CONTROLS = ("random", "uniformgrid", "downscale", "fewer frames", "oldest leave")
 
 
-def share(found: Sequence[int]) -> dict[str, Any]:
-    """Accuracy with its 95 % Wilson interval."""
-    low, high = wilson(sum(found), len(found))
-    return {"accuracy": sum(found) / len(found) if found else float("nan"), "low": low, "high": high, "n": len(found)}
+def family(part: Part, name: str) -> str:
+    """The method or control that a setting belongs to."""
+    setting = part.setting(name)
+    if setting["method"]:
+        return str(setting["method"])
+    for control in ("fewer frames", "oldest leave"):
+        if name.startswith(control):
+            return control
+    return name
 
 
-def by_type(results: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    """Accuracy per question type that was asked, and over all ("all")."""
-    pairs = marks(results, name)
-    found = {"all": share([mark for _, mark in pairs])}
-    for kind in QUESTION_TYPES:
-        mine = [mark for question, mark in pairs if question["type"] == kind]
-        if mine:
-            found[kind] = share(mine)
-    return found
-
-
-def by_age(results: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """Accuracy per group of `AGES`."""
-    pairs = marks(results, name)
-    return [share([mark for question, mark in pairs if low <= question["age"] <= high]) for low, high in AGES]
-
-
-def by_motion(results: Mapping[str, Any], name: str, groups: int = 3) -> list[dict[str, Any]]:
-    """Accuracy for clips of little to much camera motion, in groups of about the same size, with their mean motion."""
-    pairs = marks(results, name)
-    order = np.argsort([question["motion"] for question, _ in pairs], kind="stable")
-    return [
-        {
-            **share([pairs[i][1] for i in part]),
-            "motion": float(np.mean([pairs[i][0]["motion"] for i in part])),
-        }
-        for part in np.array_split(order, groups)
-    ]
-
-
-def families(results: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Settings of one method (or control) by its name, in the order of the file."""
+def families(part: Part, names: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """Settings by the method or control that they belong to."""
     found: dict[str, list[str]] = {}
-    for name, entry in results["results"].items():
-        setting = entry["setting"]
-        family = setting["method"] or ("fewer frames" if setting["frames"] else name)
-        if family.startswith("oldest leave"):
-            family = "oldest leave"
-        found.setdefault(family, []).append(name)
+    for name in part.names if names is None else names:
+        found.setdefault(family(part, name), []).append(name)
     return found
 
 
-def draw_tokens(results: Mapping[str, Any], picture: Path) -> None:
+def _style(number: int, name: str) -> dict[str, Any]:
+    if name in ("dense", "everything"):
+        return {"color": "black", "marker": "*", "markersize": 9}
+    control = name in _CONTROLS
+    shade = f"{0.25 + 0.13 * _CONTROLS.index(name)}" if control else None
+    return {
+        "color": shade or _COLORS[number % len(_COLORS)],
+        "marker": _MARKS[number % len(_MARKS)],
+        "linestyle": "--" if control else "-",
+        "linewidth": 1.2,
+        "markersize": 4,
+    }
+
+
+def _line(panel: Any, x: Sequence[float], found: Sequence[Accuracy], label: str, style: Mapping[str, Any]) -> None:
+    """Means over seeds, with a band from the lowest to the highest."""
+    order = np.argsort(x)
+    at = np.asarray(x, dtype=float)[order]
+    low, mean, high = (np.array([getattr(f, key) for f in found])[order] for key in ("low", "mean", "high"))
+    (drawn,) = panel.plot(at, mean, label=label, **style)
+    panel.fill_between(at, low, high, color=drawn.get_color(), alpha=0.12, linewidth=0)
+
+
+def draw_tokens(part: Part, picture: Path) -> None:
     """Accuracy against tokens, one panel over all types and one per type."""
-    figure, panels = _panels(2, 4, (17, 8))
-    groups = families(results)
-    for panel, kind in zip(panels, ("all", *QUESTION_TYPES), strict=True):
-        for number, (family, names) in enumerate(groups.items()):
-            entries = [results["results"][name] for name in names]
-            x = [entry["layer_average"] for entry in entries]
-            y = [by_type(results, name).get(kind, share([]))["accuracy"] for name in names]
-            control = entries[0]["setting"]["role"] != "method"
-            panel.plot(
-                x,
-                y,
-                linestyle="--" if control else "-",
-                marker=_MARKS[number % len(_MARKS)],
-                color="black" if family == "dense" else f"C{number % 10}",
-                label=family,
-                linewidth=1.2,
-                markersize=4,
-            )
-        panel.set(title=kind, xscale="log", xlabel="visual tokens per layer (of 256)", ylim=(0, 1.03))
-    panels[0].set_ylabel("accuracy")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure, panels = _panels(2, 4, (17, 8.4))
+    for number, (name, settings) in enumerate(families(part).items()):
+        x = [part.mean(setting, "layer_average") for setting in settings]
+        for panel, kind in zip(panels, (None, *QUESTION_TYPES), strict=True):
+            found = [part.accuracy(setting, kind) for setting in settings]
+            if kind is None:
+                _line(panel, x, found, name, _style(number, name))
+            else:
+                order = np.argsort(x)
+                panel.plot(np.array(x)[order], np.array([f.mean for f in found])[order], **_style(number, name))
+    for panel, title in zip(panels, ("all types; bands: over seeds", *QUESTION_TYPES), strict=True):
+        panel.set(title=title, xscale="log", ylim=(0, 1.03), xlabel="visual tokens, mean over decoder layers")
+        panel.set_xticks([16, 32, 64, 128, 256], ["16", "32", "64", "128", "256"])
+        panel.minorticks_off()
+    for panel in (panels[0], panels[4]):
+        panel.set_ylabel("accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     _save(figure, picture)
 
 
-def draw_ages(results: Mapping[str, Any], picture: Path) -> None:
+def draw_ages(part: Part, picture: Path) -> None:
     """Recall against the age of the asked fact, a panel per memory size."""
-    sizes = sorted({e["setting"]["memory"] for e in results["results"].values()}, reverse=True)
-    sizes = [size for size in sizes if size in (512, 256, 128)]
-    figure, panels = _panels(1, max(1, len(sizes)), (5.6 * max(1, len(sizes)), 4.4))
-    x = range(len(AGES))
-    for panel, size in zip(panels, sizes, strict=False):
-        for number, (name, entry) in enumerate(results["results"].items()):
-            setting = entry["setting"]
-            if setting["memory"] != size and setting["role"] != "dense":
-                continue
-            found = by_age(results, name)
-            panel.plot(
-                x,
-                [f["accuracy"] for f in found],
-                marker=_MARKS[number % len(_MARKS)],
-                linestyle="--" if setting["role"] == "control" else "-",
-                color="black" if setting["role"] == "dense" else f"C{number % 10}",
-                label=name,
-                linewidth=1.2,
-            )
+    figure, panels = _panels(1, 3, (17.5, 4.8))
+    for panel, size in zip(panels, (512, 256, 128), strict=True):
+        for number, (name, settings) in enumerate(families(part).items()):
+            mine = [s for s in settings if part.setting(s)["memory"] == size or part.setting(s)["role"] == "dense"]
+            for setting in mine:
+                found = [part.accuracy(setting, ages=group) for group in AGES]
+                _line(panel, range(len(AGES)), found, name, _style(number, name))
         panel.set(title=f"{size} tokens held", xlabel="frames since the evidence was last visible", ylim=(0, 1.03))
-        panel.set_xticks(list(x), [f"{low}-{high}" for low, high in AGES])
-        panel.legend(fontsize=7)
-    panels[0].set_ylabel("accuracy")
+        panel.set_xticks(range(len(AGES)), [f"{low}-{high}" for low, high in AGES])
+    panels[0].set_ylabel("accuracy; bands: over seeds")
+    handles = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=9)
     _save(figure, picture)
 
 
-def draw_cacher(results: Mapping[str, Any], picture: Path) -> None:
+def draw_cacher(part: Part, picture: Path) -> None:
     """Reuse in the tower beside skipped frames, at equal multiply-adds: error per kind of frame, and accuracy."""
     figure, panels = _panels(1, 4, (18, 4.4))
     groups: dict[str, list[str]] = {}
-    for name in results["results"]:
+    for name in part.names:
         groups.setdefault("skipped frames" if name.startswith("skip") else name.rsplit(" ", 1)[0], []).append(name)
-    for number, (family, names) in enumerate(groups.items()):
-        entries = sorted((results["results"][name] for name in names), key=lambda e: e["multiply_add_share"])
-        x = [entry["multiply_add_share"] for entry in entries]
-        style = {"marker": _MARKS[number], "label": family, "linestyle": "--" if family.startswith("skip") else "-"}
+    for number, (group, names) in enumerate(groups.items()):
+        names = sorted(names, key=lambda n: part.mean(n, "multiply_add_share"))
+        x = [part.mean(n, "multiply_add_share") for n in names]
+        style = _style(number, group) | {"linestyle": "--" if group.startswith("skip") else "-"}
         for panel, kind in zip(panels, ("static", "panning", "cut"), strict=False):
-            panel.plot(x, [entry["error"].get(kind, float("nan")) for entry in entries], **style)
-        panels[3].plot(x, [np.mean(entry["correct"]) for entry in entries], **style)
+            panel.plot(x, [tower_error(part, n, kind) for n in names], label=group, **style)
+        _line(panels[3], x, [part.accuracy(n) for n in names], group, style)
     for panel, kind in zip(panels, ("static", "panning", "cut"), strict=False):
         panel.set(title=f"frames: {kind}", xlabel="multiply-adds of the tower, share", ylim=(0, None))
-    panels[3].set(title="answers", xlabel="multiply-adds of the tower, share", ylim=(0, 1.03), ylabel="accuracy")
+    panels[3].set(title="answers", xlabel="multiply-adds of the tower, share", ylabel="accuracy")
     panels[0].set_ylabel("relative error of the tower's patches")
-    panels[3].legend(fontsize=8)
-    _save(figure, picture)
-
-
-def draw_scorers(results: Mapping[str, Any], picture: Path) -> None:
-    """QuoTA's accuracy against its budget, one line per scorer."""
-    figure, panels = _panels(1, 1, (6.4, 4.6))
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for entry in results["results"].values():
-        lines.setdefault(entry["scorer"], []).append(entry)
-    for number, (scorer, entries) in enumerate(lines.items()):
-        entries = sorted(entries, key=lambda e: e["keep"])
-        y = [np.mean(entry["correct"]) for entry in entries]
-        panels[0].plot([e["tokens"] for e in entries], y, marker=_MARKS[number], label=scorer)
-    panels[0].set(xlabel="tokens per clip (of 256)", ylabel="accuracy", title="QuoTA by its scorer", ylim=(0, 1.03))
     panels[0].legend(fontsize=8)
     _save(figure, picture)
 
 
+def draw_scorers(part: Part, picture: Path) -> None:
+    """QuoTA's accuracy against its budget, one line per scorer."""
+    figure, panels = _panels(1, 1, (6.4, 4.6))
+    lines: dict[str, list[str]] = {}
+    for name in part.names:
+        lines.setdefault(part.entries(name)[0]["scorer"], []).append(name)
+    for number, (scorer, names) in enumerate(lines.items()):
+        x = [part.mean(n, "tokens") for n in names]
+        _line(
+            panels[0], x, [part.accuracy(n) for n in names], scorer, {"marker": _MARKS[number], "color": f"C{number}"}
+        )
+    panels[0].set(xlabel="tokens per clip (of 256)", ylabel="accuracy", title="QuoTA by its scorer", ylim=(0, 1.03))
+    panels[0].legend(fontsize=8, loc="lower right")
+    _save(figure, picture)
+
+
+def draw_ablations(part: Part, picture: Path) -> None:
+    """Recall against age of VideoScan's settings."""
+    figure, panels = _panels(1, 1, (6.8, 4.8))
+    for number, name in enumerate(part.names):
+        found = [part.accuracy(name, ages=group) for group in AGES]
+        _line(panels[0], range(len(AGES)), found, name, {"marker": _MARKS[number % 12], "color": f"C{number % 10}"})
+    panels[0].set(xlabel="frames since the evidence was last visible", ylabel="accuracy", ylim=(0, 1.03))
+    panels[0].set_xticks(range(len(AGES)), [f"{low}-{high}" for low, high in AGES])
+    panels[0].legend(fontsize=8)
+    _save(figure, picture)
+
+
+def draw_method(method: str, parts: Mapping[str, Part], picture: Path) -> None:
+    """A method beside the controls: accuracy against tokens, and recall against age in the two smaller memories."""
+    offline, live = parts.get("offline"), parts.get("streaming")
+    offline = offline if offline is not None and offline.of(method) else None
+    live = live if live is not None and live.of(method) else None
+    sizes = (
+        [] if live is None else [m for m in (256, 128) if any(live.setting(n)["memory"] == m for n in live.of(method))]
+    )
+    if live is not None and not sizes:
+        sizes = [live.setting(live.of(method)[0])["memory"]]
+    figure, panels = _panels(
+        1, max(1, (offline is not None) + len(sizes)), (5.4 * max(1, bool(offline) + len(sizes)), 4.4)
+    )
+    at = 0
+    if offline is not None:
+        for number, (name, names) in enumerate(families(offline).items()):
+            if name in (method, "dense", *_CONTROLS):
+                x = [offline.mean(n, "layer_average") for n in names]
+                bold = {"color": "C3", "linewidth": 2.2} if name == method else {}
+                _line(panels[0], x, [offline.accuracy(n) for n in names], name, _style(number, name) | bold)
+        panels[0].set(
+            title="clips of 16 frames", xlabel="visual tokens, mean over layers", xscale="log", ylim=(0, 1.03)
+        )
+        panels[0].set_xticks([16, 32, 64, 128, 256], ["16", "32", "64", "128", "256"])
+        panels[0].minorticks_off()
+        panels[0].legend(fontsize=7, loc="lower right")
+        at = 1
+    for panel, size in zip(panels[at:], sizes, strict=False):
+        assert live is not None
+        for number, (name, names) in enumerate(families(live).items()):
+            if name not in (method, "everything", *_CONTROLS):
+                continue
+            for setting in names:
+                if name == "everything" or live.setting(setting)["memory"] == size:
+                    bold = {"color": "C3", "linewidth": 2.2} if name == method else {}
+                    label = setting if name == method else name
+                    _line(
+                        panel,
+                        range(len(AGES)),
+                        [live.accuracy(setting, ages=g) for g in AGES],
+                        label,
+                        _style(number, name) | bold,
+                    )
+        panel.set(title=f"streams, at most {size} tokens", xlabel="age of the fact, frames", ylim=(0, 1.03))
+        panel.set_xticks(range(len(AGES)), [f"{low}-{high}" for low, high in AGES])
+        panel.legend(fontsize=7, loc="lower left")
+    panels[0].set_ylabel("accuracy; bands: over seeds")
+    _save(figure, picture)
+
+
 def draw_curves(runs: Mapping[str, Mapping[str, Any]], picture: Path) -> None:
-    """Validation accuracy per type against minutes, a panel per run."""
+    """Validation accuracy per type against minutes: mean over the seeds and the band between them."""
     figure, panels = _panels(1, len(runs), (5.6 * len(runs), 4.4))
     for panel, (name, run) in zip(panels, runs.items(), strict=True):
         for number, kind in enumerate(QUESTION_TYPES):
             checks = [row for row in run["checks"] if kind in row["accuracy"]]
-            panel.plot(
-                [row["seconds"] / 60 for row in checks],
-                [row["accuracy"][kind] for row in checks],
-                label=kind,
-                color=f"C{number}",
-            )
+            x = [row["seconds"] / 60 for row in checks]
+            panel.plot(x, [row["accuracy"][kind] for row in checks], label=kind, color=f"C{number}")
         panel.set(title=name, xlabel="minutes", ylim=(0, 1.03))
     panels[0].set_ylabel("validation accuracy")
-    panels[-1].legend(fontsize=8)
+    panels[-1].legend(fontsize=8, loc="center right")
     _save(figure, picture)
-
-
-def table(results: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> str:
-    """Markdown: a row per setting with its accuracy per type, and numbers of the entry by (title, key)."""
-    kinds = [kind for kind in QUESTION_TYPES if any(q["type"] == kind for q in results["questions"])]
-    lines = [
-        "| setting | " + " | ".join(title for title, _ in columns) + " | all | " + " | ".join(kinds) + " |",
-        "|---|" + "---|" * (len(columns) + 1 + len(kinds)),
-    ]
-    for name, entry in results["results"].items():
-        found = by_type(results, name)
-        whole = found["all"]
-        numbers = " | ".join(f"{entry.get(key, float('nan')):.4g}" for _, key in columns)
-        cells = " | ".join(f"{found[kind]['accuracy']:.2f}" for kind in kinds)
-        accuracy = f"{whole['accuracy']:.3f} ({whole['low']:.2f}-{whole['high']:.2f})"
-        lines.append(f"| {name} | {numbers} | {accuracy} | {cells} |")
-    return "\n".join(lines)
-
-
-def age_table(results: Mapping[str, Any]) -> str:
-    """Markdown: accuracy per age of the asked fact."""
-    head = " | ".join(f"{low}-{high}" for low, high in AGES)
-    first = by_age(results, next(iter(results["results"])))
-    lines = [
-        f"| setting | tokens held | {head} |",
-        "|---|---|" + "---|" * len(AGES),
-        "| questions | | " + " | ".join(str(found["n"]) for found in first) + " |",
-    ]
-    for name, entry in results["results"].items():
-        cells = " | ".join(f"{found['accuracy']:.2f}" for found in by_age(results, name))
-        lines.append(f"| {name} | {entry['kv_tokens']:.0f} | {cells} |")
-    return "\n".join(lines)
-
-
-def cacher_table(results: Mapping[str, Any]) -> str:
-    """Markdown: multiply-adds, errors per kind of frame, accuracy in all and by motion of the clip."""
-    first = by_motion(results, next(iter(results["results"])))
-    motions = " | ".join(f"clips with {found['motion']:.2f} moving frames" for found in first)
-    lines = [
-        f"| setting | multiply-adds | error static | panning | cut | accuracy | {motions} |",
-        "|---|" + "---|" * (5 + len(first)),
-    ]
-    ordered = sorted(results["results"].items(), key=lambda item: item[1]["multiply_add_share"])
-    for name, entry in ordered:
-        errors = " | ".join(f"{entry['error'].get(kind, float('nan')):.3f}" for kind in ("static", "panning", "cut"))
-        cells = " | ".join(f"{found['accuracy']:.2f}" for found in by_motion(results, name))
-        accuracy = f"{np.mean(entry['correct']):.3f}"
-        lines.append(f"| {name} | {entry['multiply_add_share']:.2f} | {errors} | {accuracy} | {cells} |")
-    return "\n".join(lines)
-
-
-_SPEED = (
-    ("frames/s", "fps"),
-    ("first token ms", "ttft_ms"),
-    ("tokens held", "kv_tokens"),
-    ("frames held", "frames_held"),
-)
-_COST = (("tokens", "tokens"), ("per layer", "layer_average"), ("FLOPs", "flops_share"), ("scoring ms", "scoring_ms"))
-
-
-def report(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown of all parts that there are results of."""
-    parts = ["# Video methods on tiny-llava-video", "Made by `python -m mmtoken.evaluation.video_figures`."]
-    for part, results in found.items():
-        asked = len(results["questions"])
-        parts.append(f"## {part}: {results['clips']} clips of {results['frames']} frames, {asked} questions")
-        if part == "cacher":
-            parts.append(cacher_table(results))
-        elif part == "quota":
-            parts.append(table(results, (("tokens", "tokens"), ("scorer ms", "scorer_ms"))))
-        elif part == "offline":
-            parts.append(table(results, _COST))
-        else:
-            parts += [table(results, _SPEED), age_table(results)]
-        if results["refused"]:
-            parts.append("Not run:\n\n" + "\n".join(f"- {name}: {why}" for name, why in results["refused"].items()))
-    return "\n\n".join(parts) + "\n"
 
 
 def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
@@ -280,32 +249,60 @@ def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, li
 
 def _save(figure: Any, picture: Path) -> None:
     with whole_file(picture) as file:
-        figure.savefig(file, dpi=100)
+        figure.savefig(file, dpi=90)
 
 
-_DRAW = {"offline": draw_tokens, "streaming": draw_ages, "cacher": draw_cacher, "quota": draw_scorers}
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write_text(text)
+
+
+DRAW: Mapping[str, Callable[[Part, Path], None]] = {
+    "offline": draw_tokens,
+    "streaming": draw_ages,
+    "cacher": draw_cacher,
+    "quota": draw_scorers,
+    "videoscan": draw_ablations,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mmtoken.evaluation.video_figures", description=__doc__)
-    parser.add_argument("--results", type=Path, required=True, help="folder of video-<part>.json; pictures go there")
+    parser = argparse.ArgumentParser(
+        prog="python -m mmtoken.evaluation.video_figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--evidence", type=Path, required=True, help="a folder per seed, or an earlier --out")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model's card")
     parser.add_argument("--metrics", type=Path, default=None, help="folder of the metrics.json of training runs")
+    parser.add_argument("--cards", type=Path, default=None, help="folder of the compressors' cards")
     options = parser.parse_args(argv)
-    found = {}
-    for part in ("offline", "streaming", "cacher", "quota", "videoscan"):
-        file = options.results / f"video-{part}.json"
-        if file.is_file():
-            found[part] = json.loads(file.read_text())
-            if part in _DRAW:
-                _DRAW[part](found[part], options.results / f"video-{part}.png")
-    if not found:
-        raise InputError(f"results={str(options.results)!r} holds no video-<part>.json; run mmtoken.evaluation.video.")
-    with whole_file(options.results / "video.md") as target:
-        target.write_text(report(found))
+    parts = gather(options.evidence)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        _write(options.out / f"video-{name}.json", json.dumps(part.to_dict()) + "\n")
+        DRAW[name](part, options.out / f"video-{name}.png")
+    _write(options.out / "video.md", report(parts))
+    card = options.out / "README.md"
+    if card.is_file():
+        block = f"<!-- video -->\n{summary(parts)}\n<!-- end -->"
+        _write(card, re.sub(r"<!-- video -->\n.*?<!-- end -->", lambda _: block, card.read_text(), flags=re.DOTALL))
     if options.metrics is not None:
-        runs = {file.stem: json.loads(file.read_text()) for file in sorted(options.metrics.glob("*.json"))}
-        draw_curves(runs, options.results / "curve.png")
-    sys.stdout.write(f"wrote video.md and pictures of {', '.join(found)} to {options.results}\n")
+        runs = {file.stem: json.loads(file.read_text()) for file in sorted(options.metrics.glob("seed*.json"))}
+        draw_curves(runs, options.out / "curve.png")
+    for method in CARDS if options.cards is not None else ():
+        page = method_page(method, parts)
+        if page is None:
+            continue
+        place = options.cards / method
+        place.mkdir(parents=True, exist_ok=True)
+        _write(place / "video.md", page)
+        own = {"stccacher": "cacher", "quota": "quota", "videoscan": "videoscan"}.get(method)
+        if own in parts:
+            DRAW[str(own)](parts[str(own)], place / "video.png")
+        else:
+            draw_method(method, parts, place / "video.png")
+    sys.stdout.write(f"wrote {', '.join(parts)} to {options.out}\n")
 
 
 if __name__ == "__main__":

@@ -29,3 +29,22 @@ class StreamReport:
     frames_seen: int
     stored_tokens: int
     stored_bytes: int
+
+
+@dataclass(frozen=True)
+class WatchedStep:
+    """What a stream did with the step that it watched last.
+
+    Attributes:
+        number: 0, 1, ... in the stream.
+        time: seconds of its first frame.
+        grid: (rows, columns) of its visual tokens as the decoder reads them.
+        kept: raster indices of those that entered the decoder; merged tokens count where their representative lies.
+        held: rows held of each step that is still there, by its number, oldest first.
+    """
+
+    number: int
+    time: float
+    grid: tuple[int, int]
+    kept: tuple[int, ...]
+    held: dict[int, int]

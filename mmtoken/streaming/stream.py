@@ -28,7 +28,7 @@ from mmtoken.streaming.checks import check_ascending, check_frame, check_streams
 from mmtoken.streaming.framing import Framing, Rows, framing_of
 from mmtoken.streaming.memory import Memory, Step, StreamPositions, longest
 from mmtoken.streaming.passes import LayerCache, Passes, Ran, Seen
-from mmtoken.streaming.report import StreamReport
+from mmtoken.streaming.report import StreamReport, WatchedStep
 from mmtoken.streaming.store import Store, block
 from mmtoken.streaming.view import View
 from mmtoken.tokens import VisualTokens
@@ -123,6 +123,8 @@ class Stream(AbstractContextManager["Stream"]):
         self._seen = 0
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._ttft: float | None = None
+        self._entered: tuple[tuple[int, int], tuple[int, ...]] = ((0, 0), ())
+        self._watched: WatchedStep | None = None
         if self._session is not None:
             self._session.reset()
 
@@ -166,6 +168,11 @@ class Stream(AbstractContextManager["Stream"]):
             stored_tokens=0 if store is None else store.tokens,
             stored_bytes=0 if store is None else store.bytes,
         )
+
+    @property
+    def last_step(self) -> WatchedStep | None:
+        """What became of the last step that was watched, for pictures of it; None before the first."""
+        return self._watched
 
     # --- frames -------------------------------------------------------------------------------------------------------
 
@@ -239,6 +246,8 @@ class Stream(AbstractContextManager["Stream"]):
             )
         left = memory.hold(step, lambda steps: self._leave(steps, limit, remembered))
         memory.limit, self._remembered, self._video = limit, remembered, video
+        held = {one.number: one.length for one in memory.held}
+        self._watched = WatchedStep(step.number, step.time, *self._entered, held)
         if "retrieve" in self.sites:
             if self._store is None:
                 self._store = Store(STORED * limit if self._given_store is None else self._given_store)
@@ -267,10 +276,12 @@ class Stream(AbstractContextManager["Stream"]):
         self, remembered: dict[str, Any], output: Any, tokens: VisualTokens, tail: int
     ) -> tuple[VisualTokens, VisualTokens]:
         """A step's tokens as encoded, and those that enter the decoder."""
-        if self._session is None:
-            return tokens, tokens
-        assert self._session.hooks is not None
-        return self._session.hooks.step_tokens(output, tokens.features[0], tail, remembered)
+        before = after = tokens
+        if self._session is not None:
+            assert self._session.hooks is not None
+            before, after = self._session.hooks.step_tokens(output, tokens.features[0], tail, remembered)
+        self._entered = _places(before, after)
+        return before, after
 
     def _made(
         self,
@@ -482,6 +493,17 @@ class Stream(AbstractContextManager["Stream"]):
             return [*before, *(blocks[number].step for number in back), *behind]
 
         return sequence
+
+
+def _places(before: VisualTokens, after: VisualTokens) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """(rows, columns) of a step's tokens, and raster indices of those that are left; separators do not count."""
+    grid = before.grid[0]
+    separator = before.protected[0]
+    visual = torch.cumsum(~separator, 0) - 1
+    source = after.source[0][after.valid[0]]
+    source = source[source < len(separator)]  # what was added has no place
+    kept = visual[source[~separator[source]]].sort().values
+    return (0, 0) if grid is None else (grid[1], grid[2]), tuple(kept.tolist())
 
 
 def _unchanged(memory: dict[str, Any]) -> dict[str, Any]:

@@ -154,6 +154,11 @@ def test_scores_too_small_to_square_still_count():
     assert budgets([1e-170, 2e-170], 10) == [2, 8]
 
 
+def test_a_share_that_rounding_leaves_a_hair_short_is_whole():
+    assert 98 * (1 / 49) < 2
+    assert budgets([0.5] * 49, 98) == [2] * 49
+
+
 def test_all_zero_scores_share_alike():
     assert budgets([0.0] * 4, 18) == [4, 4, 4, 4]
     assert frame_shares(torch.zeros(3)).tolist() == pytest.approx([1 / 3] * 3)

@@ -217,9 +217,23 @@ def test_frames_that_were_left_out_before_have_no_share():
     left = QuoTA(keep=1.0, scorer=given_scores(*scores)).llm_input(fewer, facts)
     counts = frame_budgets(frame_shares(torch.tensor([0.3, 0.5, 0.2])), 27)
     grids = [frame_grid(count) for count in counts]
+    parts = [assign_tokens(facts.patches[0][f], n).flatten(0, 1) for f, n in zip((0, 2, 3), counts, strict=True)]
+    assert torch.equal(left.features[0][left.eligible[0]], torch.cat(parts))
     assert left.counts() == [sum(h * w for h, w in grids)]
     assert int(left.protected.sum()) == sum(h for h, _ in grids)
     assert sorted(set(left.item[0].tolist())) == [0, 2, 3]
+    seen = Notes()
+    left = QuoTA(keep=0.5, power=0.0, scorer=Noting(seen), question="?").llm_input(fewer, facts)
+    assert torch.equal(left.source // 12, left.item) and sorted(set(left.item[0].tolist())) == [0, 2, 3]
+    assert seen[0].pixels[:, 0, 0, 0].tolist() == [0, 2, 3]
+
+
+def test_without_a_place_left_the_last_rows_go_without_a_newline():
+    # Two frames of 2 x 2 tokens and a newline per row: 12 places. 6 tokens as 3 x 2 and 2 as 2 x 1 would need 13.
+    tokens, facts = video(2, 2, newline="rows")
+    left = QuoTA(keep=1.0, scorer=given_scores(3**0.5, 1.0)).llm_input(tokens, facts)
+    assert left.source[0].tolist() == list(range(12)) and left.counts() == [8]
+    assert left.protected[0].nonzero()[:, 0].tolist() == [2, 5, 8, 10]
 
 
 def test_gradients_reach_the_patches_that_are_left():

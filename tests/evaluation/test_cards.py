@@ -144,3 +144,11 @@ def test_what_cannot_be_written_or_read_is_refused(tmp_path: Path, capsys: Outpu
         assert main(["list", *words]) == 2
         assert message in capsys.readouterr().err, words
     assert not Path(folder).exists()
+
+
+def test_what_was_seen_on_videos_goes_into_the_card(tmp_path: Path) -> None:
+    cls = names()["dycoke"]
+    assert "On videos" not in cards.contents("dycoke", cls, tmp_path)["README.md"]
+    (tmp_path / "video.md").write_text("Clips.\n\n![accuracy](video.png)\n")
+    text = cards.contents("dycoke", cls, tmp_path)["README.md"]
+    assert text.endswith("## On videos\n\nClips.\n\n![accuracy](video.png)\n")

@@ -119,10 +119,11 @@ def test_every_picture_is_inside_and_says_what_it_shows(html: str) -> None:
     for image in images:
         assert image["alt"].strip(), image["src"][:60]
         kind, _, data = image["src"].partition(",")
-        assert kind == "data:image/jpeg;base64"
+        film = kind == "data:image/gif;base64"
+        assert film or kind == "data:image/jpeg;base64"
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
             picture.load()
-            assert picture.width == 2 * int(image["width"])
+            assert picture.width == (1 if film else 2) * int(image["width"])
     assert all(svg.get("aria-label") or svg.get("aria-hidden") for svg in parse(html).all("svg"))
 
 
@@ -202,6 +203,14 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
             demo.main(["--out", str(place), "--quick"])
     with pytest.raises(MMTokenError, match="--fast"):
         demo.main(["--out", str(tmp_path), "--fast"])
+
+
+def test_the_page_shows_a_stream_as_a_film(html: str) -> None:
+    sources = [attributes.get("src") or "" for tag, attributes in parse(html).elements if tag == "img"]
+    (film,) = [source for source in sources if source.startswith("data:image/gif")]
+    with Image.open(io.BytesIO(base64.b64decode(film.partition(",")[2]))) as pictures:
+        assert pictures.n_frames == 8
+    assert "8 frames pass one by one" in html
 
 
 def test_results_in_the_repository_are_read_only_for_the_full_page(

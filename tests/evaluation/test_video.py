@@ -13,7 +13,7 @@ from mmtoken.compressors.registry import resolve
 from mmtoken.datasets.moving_shapes import Clip, MovingShapes
 from mmtoken.engine.session import compress
 from mmtoken.errors import InputError
-from mmtoken.evaluation import video, video_figures
+from mmtoken.evaluation import video, video_figures, video_results
 from mmtoken.evaluation.video import Results, Setting, Towers, answer_offline, answer_streaming, held_out, shown
 from mmtoken.models.tiny_llava_video import VideoConfig, build_network, build_processor
 
@@ -140,15 +140,14 @@ def test_shares_are_joined_in_order(tmp_path: Path) -> None:
         share = Results(tmp_path / f"video-offline-{turn:02d}.json", head, questions)
         for name in names[turn::2]:
             share.put(name, {"correct": [turn]})
-    video.join(tmp_path, "offline")
-    assert [file.name for file in tmp_path.iterdir()] == ["video-offline.json"]
-    assert list(json.loads((tmp_path / "video-offline.json").read_text())["results"]) == names
-    with pytest.raises(InputError, match="no video-offline"):
-        video.join(tmp_path, "offline")
+    found = video.joined(tmp_path, "offline")
+    assert found is not None
+    assert list(found["results"]) == names
+    assert video.joined(tmp_path, "cacher") is None
     for turn, weights in ((0, "1"), (1, "2")):
         Results(tmp_path / f"video-quota-{turn:02d}.json", {"weights": weights}, questions).put("a", {})
     with pytest.raises(InputError, match="different"):
-        video.join(tmp_path, "quota")
+        video.joined(tmp_path, "quota")
 
 
 def test_skipped_frames_take_the_last_computed_one() -> None:
@@ -177,34 +176,73 @@ def test_scores_mark_the_frames_with_evidence(clips: list[Clip]) -> None:
     assert video._evidence_scores(clips[0], question, 1.0, rng) == [0.1 if t in hold else 1.0 for t in range(8)]
 
 
-def made_up() -> dict[str, object]:
+def write(folder: Path, seed: int, part: str, settings: list[tuple[Setting, list[int]]]) -> None:
     questions = [
-        {"clip": i, "type": "count" if i % 2 else "left", "age": 3 * i, "answer": "1", "motion": i / 20}
+        {"clip": i // 2, "type": "count" if i % 2 else "left", "age": 3 * i, "answer": "1", "motion": i / 20}
         for i in range(20)
     ]
-    setting = Setting("half", "random", {"keep": 0.5}).to_dict()
-    entry = {"setting": setting, "correct": [1, 0, 0, 0] * 5, "tokens": 128.0, "layer_average": 128.0}
-    return {"questions": questions, "results": {"half": entry}, "refused": {"x": "cannot"}, "clips": 20, "frames": 16}
+    entries = {
+        s.name: {"setting": s.to_dict(), "correct": marks, "tokens": 32.0, "layer_average": 32.0, "kv_tokens": 9.0,
+                 "frames_held": 4.0}
+        for s, marks in settings
+    }  # fmt: skip
+    content = {"kind": f"video-{part}", "model": f"some/seed{seed}", "weights": str(seed), "clips": 10, "frames": 16,
+               "environment": {"versions": {}}, "questions": questions, "results": entries, "refused": {}}  # fmt: skip
+    place = folder / f"seed{seed}"
+    place.mkdir(exist_ok=True)
+    (place / f"video-{part}-00.json").write_text(json.dumps(content))
 
 
-def test_tables_count_what_they_say() -> None:
-    results = made_up()
-    found = video_figures.by_type(results, "half")
-    assert found["all"]["accuracy"] == 0.25
-    assert (found["left"]["accuracy"], found["left"]["n"]) == (0.5, 10)
-    assert found["count"]["accuracy"] == 0
-    ages = video_figures.by_age(results, "half")
-    assert [f["n"] for f in ages] == [2, 3, 5, 5, 5]
-    assert [f["n"] for f in video_figures.by_motion(results, "half", 2)] == [10, 10]
-    assert "| half | 128 | 0.250 (0.11-0.47) | 0.50 | 0.00 |" in video_figures.table(results, (("tokens", "tokens"),))
-    assert video_figures.families(results) == {"random": ["half"]}
+@pytest.fixture
+def evidence(tmp_path: Path) -> Path:
+    good, bad = [1, 1, 1, 0] * 5, [1, 0, 0, 0] * 5
+    names = [Setting("dense", role="dense"), Setting("random 0.125", "random", {"keep": 0.125}, role="control")]
+    method = Setting("dycoke 0.05", "dycoke", {"keep": 0.05})
+    for seed in (0, 1):
+        write(tmp_path, seed, "offline", [(names[0], [1] * 20), (names[1], bad), (method, good if seed else bad)])
+        live = [(Setting("everything", memory=1040, role="dense"), [1] * 20)]
+        live += [(Setting("oldest leave 128", memory=128, role="control"), bad)]
+        write(tmp_path, seed, "streaming", [*live, (Setting("dycoke 128", "dycoke", {"keep": 0.1}, memory=128), good)])
+    return tmp_path
 
 
-def test_pictures_and_report_are_written(tmp_path: Path) -> None:
-    results = made_up()
-    (tmp_path / "video-offline.json").write_text(json.dumps(results))
-    video_figures.main(["--results", str(tmp_path)])
-    assert (tmp_path / "video-offline.png").stat().st_size > 1000
-    text = (tmp_path / "video.md").read_text()
-    assert "20 clips of 16 frames" in text
-    assert "- x: cannot" in text
+def test_seeds_are_averaged_and_compared_question_by_question(evidence: Path) -> None:
+    part = video_results.gather(evidence)["offline"]
+    assert list(part.runs) == ["seed0", "seed1"]
+    found = part.accuracy("dycoke 0.05")
+    assert (found.mean, found.low, found.high, found.runs) == (0.5, 0.25, 0.75, 2)
+    assert part.accuracy("dycoke 0.05", kind="left").mean == pytest.approx(0.75 * 0.5 + 0.5 * 0.5, abs=0.3)
+    ages = [part.accuracy("dense", ages=group).questions for group in video_results.AGES]
+    assert ages == [5, 5, 5, 5]
+    mean, low, high = part.difference("dycoke 0.05", "random 0.125")
+    assert mean == pytest.approx(0.25)
+    assert low <= mean <= high
+    assert part.difference("dense", "dense") == (0, 0, 0)
+
+
+def test_readings_say_what_the_numbers_say(evidence: Path) -> None:
+    text = " ".join(video_results.reading("dycoke", video_results.gather(evidence)))
+    assert "32 of 256 tokens: 0.50 (0.25 to 0.75 over 2 seeds)" in text
+    assert "Random draw +0.25" in text
+    assert "dycoke 128: 9 tokens of 4 frames held: 0.75" in text
+    assert "oldest leave 128 +0.50" in text
+
+
+def test_pictures_reports_and_cards_are_written(evidence: Path, tmp_path: Path) -> None:
+    out, cards = tmp_path / "out", tmp_path / "cards"
+    out.mkdir()
+    (out / "README.md").write_text("a\n<!-- video -->\nSTALE\n<!-- end -->\nb\n")
+    video_figures.main(["--evidence", str(evidence), "--out", str(out), "--cards", str(cards)])
+    assert (out / "video-offline.png").stat().st_size > 1000
+    assert (out / "video-streaming.png").stat().st_size > 1000
+    assert "| dycoke 0.05 |" in (out / "video.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "STALE" not in card
+    assert card.startswith("a\n<!-- video -->\n") and card.endswith("<!-- end -->\nb\n")
+    stored = json.loads((out / "video-offline.json").read_text())
+    assert "some/" not in json.dumps(stored)
+    again = video_results.gather(out)["offline"]
+    assert again.accuracy("dycoke 0.05").mean == 0.5
+    (folder,) = cards.iterdir()
+    assert {file.name for file in folder.iterdir()} == {"video.md", "video.png"}
+    assert "32 of 256 tokens" in (folder / "video.md").read_text()
