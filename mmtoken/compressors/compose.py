@@ -170,6 +170,8 @@ class Composition(Compressor):
         ctx.memory = mine["memory"]
         ctx.learned = learned[str(number)] if self.chain[number].trainable and learned is not None else None
         if number and tokens is not None:
+            if ctx.streaming:  # memory outlives the step, its counts do not
+                mine.pop("counts", None)
             ctx.original_counts = mine.setdefault("counts", tokens.counts())
         try:
             yield

@@ -105,7 +105,7 @@ class VideoScan(Compressor):
             return tokens
         refuse_nan(tokens.features.detach().float(), tokens.eligible, "features")
         if ctx.streaming and self.without != "kv":
-            return self._with_carrier(tokens)
+            return self._with_carrier(tokens, ctx)
         features, size, mask = tokens.features.clone(), tokens.size.clone(), tokens.protected.clone()
         for row in range(len(tokens)):
             for places, block in frame_blocks(tokens, row):
@@ -118,7 +118,7 @@ class VideoScan(Compressor):
     def _carrier(self, tokens: VisualTokens, row: int, places: Tensor, block: Tensor) -> Tensor:
         return mean_token(tokens.features[row, block if self.carrier == "block" else places])
 
-    def _with_carrier(self, tokens: VisualTokens) -> VisualTokens:
+    def _with_carrier(self, tokens: VisualTokens, ctx: Context) -> VisualTokens:
         """The step of a stream with its carrier behind it."""
         end = {
             name: getattr(tokens, name).new_zeros(len(tokens), 1) for name in ("source", "size", "protected", "item")
@@ -132,7 +132,9 @@ class VideoScan(Compressor):
             places, block = blocks[-1]
             if self.without != "embedding":
                 end["features"][row, 0] = self._carrier(tokens, row, places, block)
-            end["source"][row] = tokens.source[row][tokens.valid[row]].max() + 1
+            # Behind the whole step, also where an earlier method has left some of it only.
+            separators = int((tokens.protected[row] & tokens.valid[row]).sum())
+            end["source"][row] = ctx.encoded_counts[row] + separators
             end["size"][row] = tokens.size[row, places].sum()
             end["item"][row] = tokens.item[row, places[-1]]
             end["valid"][row] = True

@@ -44,8 +44,9 @@ class StepContext(Context):
 
     streaming = True
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: VisualTokens | None = None) -> None:
         self.memory: dict[str, Any] = {}
+        self.encoded_counts = [] if tokens is None else tokens.counts()
 
 
 @dataclass
@@ -79,7 +80,7 @@ class CarrierStream:
 
     def push(self, tokens: VisualTokens, query: Tensor | None = None, *, evict: bool = True) -> Step:
         """Feed a frame, and a query float[q, D] behind it that nothing is held of; `evict` False: nothing leaves."""
-        frame = self.method.llm_input(tokens, StepContext()).features[0]
+        frame = self.method.llm_input(tokens, StepContext(tokens)).features[0]
         block = torch.cat([self.system, frame]) if not self.seen else frame
         fed = block if query is None else torch.cat([block, query])
         _, first = bank_positions(self.policy, len(self.system), self.written, self.seen)

@@ -86,6 +86,31 @@ class Notes(Compressor):
         return tokens.top(tokens.features[..., 0], self.cut)
 
 
+@dataclass(frozen=True)
+class Counts(Compressor):
+    """Cuts nothing before the decoder, and notes how many tokens it is told that there were."""
+
+    keep: int | float = 1.0
+    positions: Positions = "keep"
+
+    seen: ClassVar[list[list[int]]] = []
+
+    def llm_input(self, tokens: VisualTokens, ctx: Context) -> VisualTokens:
+        self.seen.append(list(ctx.original_counts))
+        return tokens
+
+
+def test_counts_are_those_of_each_step_of_a_stream() -> None:
+    method = Sequential(parts=(UniformGrid(keep=0.5), Counts()))
+    memory: dict[str, Any] = {}
+    Counts.seen.clear()
+    for count in (16, 8):
+        tokens, context = make([count])
+        context.memory, context.streaming = memory, True
+        method.llm_input(tokens, context)
+    assert Counts.seen == [[8], [4]]
+
+
 def test_every_part_has_its_own_memory_weights_and_counts() -> None:
     tokens, context = make([16, 8])
     Notes.seen.clear()

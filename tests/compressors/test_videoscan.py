@@ -78,7 +78,7 @@ def test_a_frame_becomes_the_mean_of_its_tokens(frames, rows, columns, layout, k
         return  # one newline behind one row: both layouts are the same
     pixels = random(frames, rows * columns, 5, seed=seed)
     tokens = video(pixels, columns, layout)
-    left = VideoScan(carrier=kind).llm_input(tokens, StepContext() if streaming else Context())
+    left = VideoScan(carrier=kind).llm_input(tokens, StepContext(tokens) if streaming else Context())
     wanted = []
     for frame in pixels.tolist():
         ends = [[7.0] * 5] * rows if layout == "rows" and kind == "block" else []
@@ -135,11 +135,11 @@ def test_videos_of_a_padded_batch_are_treated_as_alone():
     features[1, 6:] = torch.nan
     valid = torch.arange(12) < torch.tensor([12, 6])[:, None]
     tokens = VisualTokens.from_features(features, valid=valid, grid=((3, 2, 2), (2, 1, 3)))
-    for context in (Context(), StepContext()):
-        both = VideoScan().llm_input(tokens, context)
+    for context in (lambda _: Context(), StepContext):
+        both = VideoScan().llm_input(tokens, context(tokens))
         for row, length in enumerate((12, 6)):
             alone = VisualTokens.from_features(features[row : row + 1, :length], grid=(tokens.grid[row],))
-            want = VideoScan().llm_input(alone, context)
+            want = VideoScan().llm_input(alone, context(alone))
             here = both.valid[row]
             assert torch.equal(both.features[row, here], want.features[0])
             assert torch.equal(both.source[row, here], want.source[0])
@@ -152,6 +152,13 @@ def test_what_an_earlier_method_left_of_a_frame_is_its_mean():
     assert left.counts() == [2]  # nothing was left of the second frame
     torch.testing.assert_close(left.features[0], torch.stack([frames[0].mean(0), frames[2, [0, 3]].mean(0)]))
     assert left.item[0].tolist() == [0, 2]
+
+
+def test_the_carrier_stands_behind_the_whole_step_whatever_is_left_of_it():
+    whole = video(random(1, 4, 5), 2, "rows")
+    left = whole.where(whole.protected | (whole.source == 0))
+    carried = VideoScan().llm_input(left, StepContext(whole))
+    assert carried.source[0][carried.valid[0]].tolist() == [0, 2, 5, 6]  # two newlines stay
 
 
 def test_the_plain_model_at_keep_one_point_nought():
@@ -186,7 +193,7 @@ def test_a_stream_without_keys_and_values_gets_the_carriers_of_generate():
 
 def test_a_stream_without_the_embedding_appends_zeros():
     tokens = video(random(1, 6, 5), 3, "rows")
-    left = VideoScan(without="embedding").llm_input(tokens, StepContext())
+    left = VideoScan(without="embedding").llm_input(tokens, StepContext(tokens))
     assert torch.equal(left.features[0, :-1], tokens.features[0]) and not left.features[0, -1].any()
     # In generate() there is nothing but the embedding.
     offline = VideoScan(without="embedding").llm_input(tokens, Context())
