@@ -15,9 +15,9 @@ from mmtoken.engine.session import compress
 from mmtoken.errors import InputError
 from mmtoken.evaluation import video, video_figures, video_results
 from mmtoken.evaluation.video import Results, Setting, Towers, answer_offline, answer_streaming, held_out, shown
-from mmtoken.models.tiny_llava_video import VideoConfig, build_network, build_processor
+from mmtoken.models.tiny_llava_video import NetworkConfig, build_network, build_processor
 
-SMALL = VideoConfig(vision_layers=2, text_layers=3, width=32, heads=2)
+SMALL = NetworkConfig(vision_layers=2, text_layers=3, width=32, heads=2)
 
 
 @pytest.fixture(scope="module")

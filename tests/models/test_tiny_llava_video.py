@@ -15,14 +15,14 @@ from mmtoken.datasets.moving_shapes import QUESTION_TYPES, Clip, MovingShapes
 from mmtoken.errors import CheckpointError
 from mmtoken.models.registry import find_model
 from mmtoken.models.tiny_llava.processor import VOCABULARY as OLD_WORDS
-from mmtoken.models.tiny_llava_video import TinyLlavaVideo, VideoConfig, build_network, build_processor, export
+from mmtoken.models.tiny_llava_video import NetworkConfig, TinyLlavaVideo, build_network, build_processor, export
 from mmtoken.models.tiny_llava_video.network import from_tiny_llava
 from mmtoken.models.tiny_llava_video.packing import Gaps, encode, object_labels, pack_clips
 from mmtoken.models.tiny_llava_video.processor import FRAME_TOKENS, VIDEO_ID, VOCABULARY
 from mmtoken.models.tiny_llava_video.train import main
 from mmtoken.training.objective import cosine
 
-SMALL = VideoConfig(vision_layers=2, text_layers=2, width=32, heads=2)
+SMALL = NetworkConfig(vision_layers=2, text_layers=2, width=32, heads=2)
 
 
 @pytest.fixture(scope="module")

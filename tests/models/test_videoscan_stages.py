@@ -15,7 +15,7 @@ from mmtoken.cli.main import main
 from mmtoken.compressors import VideoScan
 from mmtoken.datasets.moving_shapes import Clip, MovingShapes
 from mmtoken.errors import CheckpointError, MMTokenError
-from mmtoken.models.tiny_llava_video import VideoConfig, build_network, videoscan
+from mmtoken.models.tiny_llava_video import NetworkConfig, build_network, videoscan
 from mmtoken.models.tiny_llava_video.packing import FRAME_TOKENS, ClipBatch
 from mmtoken.models.tiny_llava_video.videoscan import (
     Lora,
@@ -29,7 +29,7 @@ from mmtoken.tokens import VisualTokens
 from tests.compressors.carrier_stream import CarrierStream
 
 ROOT = Path(__file__).parents[2]
-TINY = VideoConfig(vision_layers=2, text_layers=2, width=32, heads=2)
+TINY = NetworkConfig(vision_layers=2, text_layers=2, width=32, heads=2)
 FRAMES = 6
 
 
@@ -260,7 +260,7 @@ def test_a_recipe_trains(stage, tmp_path, monkeypatch):
     options += ["--data.frames=24", "--data.questions=2", "--data.validation_clips=2"]
     assert main(["fit", "--config", str(recipe), *options]) == 0
     last = tmp_path / "runs" / f"videoscan_stage{stage}" / "checkpoints" / "last.ckpt"
-    small = build_network(VideoConfig(**tiny))
+    small = build_network(NetworkConfig(**tiny))
     assert {name: value.shape for name, value in plain_weights(last).items()} == {
         name: value.shape for name, value in small.state_dict().items()
     }

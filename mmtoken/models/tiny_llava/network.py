@@ -38,37 +38,43 @@ class NetworkConfig:
     initializer_range: float = 0.06
     rope_theta: float = 10_000.0
 
+    def tower(self) -> CLIPVisionConfig:
+        """Of the vision tower."""
+        return CLIPVisionConfig(
+            hidden_size=self.width,
+            intermediate_size=self.width * self.mlp_ratio,
+            projection_dim=self.width,
+            num_hidden_layers=self.vision_layers,
+            num_attention_heads=self.heads,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+        )
+
+    def decoder(self, words: int, positions: int) -> LlamaConfig:
+        """Of the decoder, for a vocabulary of so many words and prompts of up to so many tokens."""
+        return LlamaConfig(
+            vocab_size=words,
+            hidden_size=self.width,
+            intermediate_size=self.width * self.mlp_ratio,
+            num_hidden_layers=self.text_layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            max_position_embeddings=positions,
+            initializer_range=self.initializer_range,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            pad_token_id=PAD_ID,
+            bos_token_id=BOS_ID,
+            eos_token_id=EOS_ID,
+            tie_word_embeddings=False,
+        )
+
 
 def build_network(config: NetworkConfig | None = None) -> LlavaForConditionalGeneration:
     """A freshly initialised network; seed torch before to repeat it."""
     c = config or NetworkConfig()
-    vision = CLIPVisionConfig(
-        hidden_size=c.width,
-        intermediate_size=c.width * c.mlp_ratio,
-        projection_dim=c.width,
-        num_hidden_layers=c.vision_layers,
-        num_attention_heads=c.heads,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-    )
-    text = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=c.width,
-        intermediate_size=c.width * c.mlp_ratio,
-        num_hidden_layers=c.text_layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.heads,
-        max_position_embeddings=2048,
-        initializer_range=c.initializer_range,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        pad_token_id=PAD_ID,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        tie_word_embeddings=False,
-    )
     whole = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=c.tower(),
+        text_config=c.decoder(len(VOCABULARY), positions=2048),
         image_token_index=IMAGE_ID,
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         vision_feature_layer=-1,

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
+from mmtoken.models.tiny_llava.network import NetworkConfig
 from mmtoken.models.tiny_llava.processor import BOS_ID, EOS_ID, PAD_ID
-from mmtoken.models.tiny_llava_video.network import VideoConfig, build_network
+from mmtoken.models.tiny_llava_video.network import build_network
 from mmtoken.models.tiny_llava_video.processor import build_processor
 from mmtoken.training.export import export_network
 
@@ -20,7 +21,7 @@ def export(
     checkpoint: str | Path,
     folder: str | Path,
     *,
-    config: VideoConfig | None = None,
+    config: NetworkConfig | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
     """Write network and processor of a checkpoint of `TinyLlavaVideo` to `folder`, see `export_network`.

@@ -7,13 +7,9 @@ positions. Nothing is subclassed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -22,65 +18,19 @@ from transformers import (
 from mmtoken.datasets.moving_shapes import DIRECTIONS, MAX_OBJECTS
 from mmtoken.datasets.shapes_qa import COLORS, IMAGE_SIZE, SHAPES
 from mmtoken.models.registry import find_model
-from mmtoken.models.tiny_llava.processor import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, PATCH_SIZE
+from mmtoken.models.tiny_llava.network import NetworkConfig
+from mmtoken.models.tiny_llava.processor import IMAGE_ID
 from mmtoken.models.tiny_llava_video.processor import VIDEO_ID, VOCABULARY
 
 POSITIONS = 4096
 
 
-@dataclass(frozen=True)
-class VideoConfig:
-    """Sizes of the network; the defaults are those of tiny-llava, whose weights fit no others.
-
-    Attributes:
-        vision_layers: blocks of the CLIP tower.
-        text_layers: layers of the Llama decoder.
-        width: hidden size of both.
-        heads: attention heads of both.
-        mlp_ratio: MLP width over hidden size, in both.
-        initializer_range: standard deviation of the decoder's initial weights.
-        rope_theta: base of the decoder's rotary positions.
-    """
-
-    vision_layers: int = 8
-    text_layers: int = 8
-    width: int = 128
-    heads: int = 4
-    mlp_ratio: int = 3
-    initializer_range: float = 0.06
-    rope_theta: float = 10_000.0
-
-
-def build_network(config: VideoConfig | None = None) -> LlavaOnevisionForConditionalGeneration:
-    """A freshly initialised network; seed torch before to repeat it."""
-    c = config or VideoConfig()
-    vision = CLIPVisionConfig(
-        hidden_size=c.width,
-        intermediate_size=c.width * c.mlp_ratio,
-        projection_dim=c.width,
-        num_hidden_layers=c.vision_layers,
-        num_attention_heads=c.heads,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-    )
-    text = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=c.width,
-        intermediate_size=c.width * c.mlp_ratio,
-        num_hidden_layers=c.text_layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.heads,
-        max_position_embeddings=POSITIONS,
-        initializer_range=c.initializer_range,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        pad_token_id=PAD_ID,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        tie_word_embeddings=False,
-    )
+def build_network(config: NetworkConfig | None = None) -> LlavaOnevisionForConditionalGeneration:
+    """A freshly initialised network; seed torch before to repeat it. tiny-llava's weights fit the default sizes."""
+    c = config or NetworkConfig()
     whole = LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=c.tower(),
+        text_config=c.decoder(len(VOCABULARY), POSITIONS),
         image_token_index=IMAGE_ID,
         video_token_index=VIDEO_ID,
         vision_feature_layer=-1,

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from mmtoken.datasets.moving_shapes import QUESTION_TYPES, Clip
+from mmtoken.models.tiny_llava.network import NetworkConfig
 from mmtoken.models.tiny_llava.processor import BOS_ID
-from mmtoken.models.tiny_llava_video.network import ObjectHeads, VideoConfig, build_network, from_tiny_llava
+from mmtoken.models.tiny_llava_video.network import ObjectHeads, build_network, from_tiny_llava
 from mmtoken.models.tiny_llava_video.packing import ClipBatch, Gaps, answered, pack_clips
 from mmtoken.training.objective import Objective, cosine
 
@@ -41,7 +42,7 @@ class TinyLlavaVideo(Objective):
 
     def __init__(
         self,
-        network: VideoConfig | None = None,
+        network: NetworkConfig | None = None,
         gaps: Gaps | None = None,
         object_weight: float = 0.3,
         object_layer: int = 5,

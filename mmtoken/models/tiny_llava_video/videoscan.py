@@ -36,8 +36,8 @@ from mmtoken.compressors.videoscan import mean_token, semantic_mask
 from mmtoken.datasets.moving_shapes import Clip
 from mmtoken.errors import CheckpointError, MMTokenError
 from mmtoken.models.registry import find_model, list_models
+from mmtoken.models.tiny_llava.network import NetworkConfig
 from mmtoken.models.tiny_llava.processor import BOS_ID
-from mmtoken.models.tiny_llava_video.network import VideoConfig
 from mmtoken.models.tiny_llava_video.objective import TinyLlavaVideo
 from mmtoken.models.tiny_llava_video.packing import ClipBatch, Gaps, pack_clips
 from mmtoken.models.tiny_llava_video.train import parser, train
@@ -94,7 +94,7 @@ class VideoScanStage(TinyLlavaVideo):
         start: str | None = "tiny-llava-video",
         lora: Lora | None = None,
         policy: Policy = "true",
-        network: VideoConfig | None = None,
+        network: NetworkConfig | None = None,
         learning_rate: float = 3e-4,
         tower_learning_rate: float = 6e-5,
         warmup_steps: int = 50,
@@ -109,7 +109,7 @@ class VideoScanStage(TinyLlavaVideo):
         if policy not in ("true", "repo"):
             raise MMTokenError(f"policy={policy!r} cannot be trained in one pass; use 'true' or 'repo'.")
         super().__init__(
-            network=network or VideoConfig(),
+            network=network or NetworkConfig(),
             gaps=Gaps(missing=0.0, jumps=0.0),
             object_weight=0.0,
             learning_rate=learning_rate,
