@@ -23,6 +23,11 @@ BACKENDS = ("pyav", "decord", "torchcodec")
 """The first is the default; docs/media.md says what each gets wrong."""
 
 
+_LEFT_BY_FORKS: list[Any] = []
+"""Decoders of the process that this one was forked from: never closed, which could wait for threads that are not here.
+There is at most one per reader and fork."""
+
+
 class VideoReader:
     """A video file whose frames are addressed by time.
 
@@ -201,8 +206,14 @@ class VideoReader:
         self._check_total(len(indices))
         if self._closed:
             raise InputError(f"{self._name} is closed; open it again.")
-        if os.getpid() != self._owner:  # a fork: the lock may be held by a thread that is not here
-            self._let_go()
+        if os.getpid() != self._owner:
+            # A fork. The lock may be held by a thread that is not here, and so may locks of a decoder that ran in the
+            # same process: it is left as it lies.
+            if isinstance(self._decoding, DecodingProcess):
+                self._let_go()
+            elif self._decoding is not None:
+                _LEFT_BY_FORKS.append(self._decoding)
+                self._decoding = None
             self._lock, self._owner = threading.Lock(), os.getpid()
         width, height = self.size
         order, back = np.unique(indices, return_inverse=True)
