@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def export_network(
     *,
     name: str,
     dtype: torch.dtype,
+    read: Callable[[str | Path], Mapping[str, Tensor]] = network_state,
 ) -> Path:
     """Fill `network` from a Lightning checkpoint and write it with its processor to `folder`, replacing what is there.
 
@@ -60,6 +62,7 @@ def export_network(
         folder: where to.
         name: of the objective, for the message.
         dtype: of the stored weights.
+        read: gives the network's weights in the checkpoint.
 
     Returns:
         The folder.
@@ -69,7 +72,7 @@ def export_network(
     """
     target = Path(folder)
     try:
-        network.load_state_dict(network_state(checkpoint))
+        network.load_state_dict(read(checkpoint))
     except RuntimeError as error:
         raise _refusal(checkpoint, name, error) from error
     for parameter in network.parameters():

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlavaOnevisionForConditionalGeneration
 
 import mmtoken
 from mmtoken.cli.main import main
 from mmtoken.compressors import VideoScan
 from mmtoken.datasets.moving_shapes import Clip, MovingShapes
 from mmtoken.errors import CheckpointError, MMTokenError
-from mmtoken.models.tiny_llava_video import NetworkConfig, build_network, videoscan
+from mmtoken.models.tiny_llava_video import NetworkConfig, build_network, export, videoscan
 from mmtoken.models.tiny_llava_video.packing import FRAME_TOKENS, ClipBatch
 from mmtoken.models.tiny_llava_video.videoscan import (
     Lora,
@@ -235,6 +236,9 @@ def test_what_adapters_learned_is_the_same_in_a_network_without_them(tmp_path):
     model.on_save_checkpoint(saved)
     torch.save(saved, file)
     assert all(torch.equal(value, model.plain_state()[name]) for name, value in plain_weights(file).items())
+    folder = export(file, tmp_path / "exported", config=TINY, dtype=torch.float32)
+    loaded = LlavaOnevisionForConditionalGeneration.from_pretrained(folder)
+    assert all(torch.equal(value, model.plain_state()[name]) for name, value in loaded.state_dict().items())
     second = VideoScanStage(2, str(file), network=TINY, lora=Lora(rank=2))
     assert all("language_model" in name for name in second.trained)
 

@@ -11,6 +11,7 @@ from mmtoken.models.tiny_llava.network import NetworkConfig
 from mmtoken.models.tiny_llava.processor import BOS_ID, EOS_ID, PAD_ID
 from mmtoken.models.tiny_llava_video.network import build_network
 from mmtoken.models.tiny_llava_video.processor import build_processor
+from mmtoken.models.tiny_llava_video.videoscan import plain_weights
 from mmtoken.training.export import export_network
 
 MAX_NEW_TOKENS = 4
@@ -24,7 +25,9 @@ def export(
     config: NetworkConfig | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write network and processor of a checkpoint of `TinyLlavaVideo` to `folder`, see `export_network`.
+    """Write network and processor of a checkpoint to `folder`, see `export_network`.
+
+    The checkpoint is one of `TinyLlavaVideo`, or of a stage of VideoScan's training, whose adapters are worked in.
 
     Raises:
         CheckpointError: no checkpoint of this network at that path.
@@ -33,4 +36,7 @@ def export(
     network.generation_config = GenerationConfig(
         bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
     )
-    return export_network(network, build_processor(), checkpoint, folder, name="TinyLlavaVideo", dtype=dtype)
+    processor = build_processor()
+    return export_network(
+        network, processor, checkpoint, folder, name="TinyLlavaVideo", dtype=dtype, read=plain_weights
+    )
