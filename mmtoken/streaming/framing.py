@@ -51,6 +51,34 @@ class Rows:
         return len(self.embeddings)
 
 
+@dataclass(frozen=True)
+class StepTokens:
+    """What enters the decoder of a temporal step.
+
+    Attributes:
+        features: float[k, D]; what the compressor adds comes last.
+        source: int[s], s <= k, places of the encoder's own tokens among the `total` ones of the step, ascending.
+        total: tokens of the step before any cut.
+        side: rows and columns of its grid.
+        times: seconds of its frames.
+        first: seconds of the stream's first frame.
+        deepstack: per decoder layer float[s, D].
+    """
+
+    features: Tensor
+    source: Tensor
+    total: int
+    side: tuple[int, int]
+    times: Sequence[float]
+    first: float
+    deepstack: list[Tensor]
+
+    @property
+    def added(self) -> int:
+        """Tokens that the compressor adds."""
+        return len(self.features) - len(self.source)
+
+
 class Framing(ABC):
     """Turns frames into rows of the decoder's input.
 
@@ -132,30 +160,11 @@ class Framing(ABC):
         grid = before.grid[0]
         if grid is None:
             raise UnsupportedError(f"{self.backbone.name} encoded a step without a grid, so it has no positions.")
-        return self.arrange(features, source[own], total, grid[1:], times, first, deepstack)
+        return self.arrange(StepTokens(features, source[own], total, grid[1:], times, first, deepstack))
 
     @abstractmethod
-    def arrange(
-        self,
-        features: Tensor,
-        source: Tensor,
-        total: int,
-        side: tuple[int, int],
-        times: Sequence[float],
-        first: float,
-        deepstack: list[Tensor],
-    ) -> Rows:
-        """Lay a step's tokens out.
-
-        Args:
-            features: float[k, D], those that enter the decoder; what the compressor adds comes last.
-            source: int[s], s <= k, places of the encoder's own tokens among the `total` ones of the step, ascending.
-            total: tokens of the step before any cut.
-            side: rows and columns of its grid.
-            times: seconds of its frames.
-            first: seconds of the stream's first frame.
-            deepstack: per decoder layer float[s, D].
-        """
+    def arrange(self, step: StepTokens) -> Rows:
+        """Lay a step's tokens out."""
 
     def complete(self, features: Tensor, count: int) -> Tensor:
         """float[count, D]: a step's tokens among what the encoder put out."""
@@ -199,21 +208,12 @@ class LlavaOneVisionFraming(Framing):
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
     tail: ClassVar[int] = 1
 
-    def arrange(
-        self,
-        features: Tensor,
-        source: Tensor,
-        total: int,
-        side: tuple[int, int],
-        times: Sequence[float],
-        first: float,
-        deepstack: list[Tensor],
-    ) -> Rows:
+    def arrange(self, step: StepTokens) -> Rows:
         if self.closed:
-            return self.text(features)
-        added = len(features) - len(source)
-        relative = torch.cat([source[None], self.count(total, added)], 1)
-        return Rows(features, relative, total + added, (total + added,))
+            return self.text(step.features)
+        relative = torch.cat([step.source[None], self.count(step.total, step.added)], 1)
+        end = step.total + step.added
+        return Rows(step.features, relative, end, (end,))
 
     def closing(self) -> Tensor:
         newline: Tensor = self.backbone.root.image_newline
@@ -258,22 +258,12 @@ class Qwen25VLFraming(_Grid):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
 
-    def arrange(
-        self,
-        features: Tensor,
-        source: Tensor,
-        total: int,
-        side: tuple[int, int],
-        times: Sequence[float],
-        first: float,
-        deepstack: list[Tensor],
-    ) -> Rows:
-        added = len(features) - len(source)
-        grid, extent = self.grid(source, side, 0)
-        relative = torch.cat([grid, self.count(extent, added)], 1)
+    def arrange(self, step: StepTokens) -> Rows:
+        grid, extent = self.grid(step.source, step.side, 0)
+        relative = torch.cat([grid, self.count(extent, step.added)], 1)
         # Times that are sums of fractions miss whole numbers by a little.
-        stamp = math.floor((times[0] - first) * self.model.config.vision_config.tokens_per_second + 1e-4)
-        return Rows(features, relative, extent + added, (0, 0, 0), stamp)
+        stamp = math.floor((step.times[0] - step.first) * self.model.config.vision_config.tokens_per_second + 1e-4)
+        return Rows(step.features, relative, extent + step.added, (0, 0, 0), stamp)
 
 
 class Qwen3VLFraming(_Grid):
@@ -281,27 +271,18 @@ class Qwen3VLFraming(_Grid):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
 
-    def arrange(
-        self,
-        features: Tensor,
-        source: Tensor,
-        total: int,
-        side: tuple[int, int],
-        times: Sequence[float],
-        first: float,
-        deepstack: list[Tensor],
-    ) -> Rows:
-        processor, own = self.processor, len(source)
-        middle = (times[0] + times[-1]) / 2
+    def arrange(self, step: StepTokens) -> Rows:
+        processor, features, own = self.processor, step.features, len(step.source)
+        middle = (step.times[0] + step.times[-1]) / 2
         before = self.embed([*self.prompt.ids(f"<{middle:.1f} seconds>"), processor.vision_start_token_id])
         after = self.embed([processor.vision_end_token_id])
         start = len(before)
-        grid, behind = self.grid(source, side, start)
-        extent = behind + len(after) + len(features) - own
+        grid, behind = self.grid(step.source, step.side, start)
+        extent = behind + len(after) + step.added
         relative = torch.cat([self.count(0, start), grid, self.count(behind, extent - behind)], 1)
         rows = torch.cat([before, features[:own].to(before.dtype), after, features[own:].to(before.dtype)])
         visual = torch.arange(start, start + own, device=rows.device)
-        return Rows(rows, relative, extent, (extent,) * 3, visual=visual, deepstack=deepstack)
+        return Rows(rows, relative, extent, (extent,) * 3, visual=visual, deepstack=step.deepstack)
 
 
 FRAMINGS: tuple[type[Framing], ...] = (LlavaOneVisionFraming, LlavaVideoFraming, Qwen25VLFraming, Qwen3VLFraming)
