@@ -45,6 +45,7 @@ from mmtoken.errors import InputError, MMTokenError, UnknownNameError, Unsupport
 from mmtoken.evaluation.benchmarks import begins_with, first_line
 from mmtoken.evaluation.timing import environment
 from mmtoken.hub import load
+from mmtoken.streaming.memory import StreamPositions
 from mmtoken.streaming.stream import Stream, stream
 from mmtoken.wholefile import whole_file
 
@@ -73,6 +74,7 @@ class Setting:
         frames: only so many of a clip's frames are shown, evenly spaced; None: all.
         memory: tokens that a stream holds; None: all.
         role: "method", "control" or "dense".
+        positions: where a stream's held rows stand.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Setting:
     frames: int | None = None
     memory: int | None = None
     role: str = "method"
+    positions: StreamPositions = "contiguous"
 
     def compressor(self) -> Compressor | None:
         """The compressor of this setting."""
@@ -121,15 +124,23 @@ def streaming_settings() -> list[Setting]:
 
 
 def videoscan_settings() -> list[Setting]:
-    """Its ablations, in streams of 64 frames."""
-    return [
-        Setting("plain", "videoscan", {"bank": None}, memory=1040),
-        Setting("bank 33", "videoscan", {"bank": 33}, memory=1040),
-        Setting("bank 17", "videoscan", {"bank": 17}, memory=1040),
-        Setting("extra_kv 4", "videoscan", {"bank": None, "extra_kv": 4}, memory=1040),
-        Setting("without kv", "videoscan", {"bank": None, "without": "kv"}, memory=1040),
-        Setting("without embedding", "videoscan", {"bank": None, "without": "embedding"}, memory=1040),
+    """Its ablations, in streams of 64 frames; carriers stand where they stood in training, but for two settings."""
+    whole: dict[str, Any] = {"bank": None}
+    found = [Setting("plain", "videoscan", whole, memory=1040, positions="true")]
+    found += [Setting(f"bank {n}", "videoscan", {"bank": n}, memory=1040, positions="true") for n in (33, 17)]
+    found += [
+        Setting(name, "videoscan", {**whole, **options}, memory=1040, positions="true")
+        for name, options in (
+            ("extra_kv 4", {"extra_kv": 4}),
+            ("without kv", {"without": "kv"}),
+            ("without embedding", {"without": "embedding"}),
+        )
     ]
+    found += [
+        Setting(f"positions {policy}", "videoscan", whole, memory=1040, positions=policy)
+        for policy in ("contiguous", "repo")
+    ]
+    return found
 
 
 def held_out(clips: int, frames: int, questions: int | None = None) -> list[Clip]:
@@ -312,7 +323,9 @@ def answer_streaming(model: PreTrainedModel, processor: Any, clips: Sequence[Cli
     correct: list[int] = []
     sums = dict.fromkeys(("kv_tokens", "frames_held", "fps", "ttft_ms"), 0.0)
     started = time.perf_counter()
-    live: Stream = stream(model, processor, setting.compressor(), memory_tokens=setting.memory)
+    live: Stream = stream(
+        model, processor, setting.compressor(), memory_tokens=setting.memory, positions=setting.positions
+    )
     with live:
         for clip in clips:
             live.reset()
