@@ -40,7 +40,7 @@ from mmtoken.compressors.base import Compressor
 from mmtoken.compressors.registry import resolve
 from mmtoken.datasets.moving_shapes import Clip, ClipQuestion, MovingShapes
 from mmtoken.datasets.vqa_mix import split_seed
-from mmtoken.engine.session import check, compress
+from mmtoken.engine.session import compress
 from mmtoken.errors import InputError, MMTokenError, UnknownNameError, UnsupportedError
 from mmtoken.evaluation.benchmarks import begins_with, first_line
 from mmtoken.evaluation.timing import environment
@@ -408,17 +408,12 @@ SETTINGS: dict[str, Callable[[], list[Setting]]] = {
 }
 
 
-def run_settings(
-    settings: Sequence[Setting], results: Results, answer: Callable[[Setting], dict[str, Any]], model: Any
-) -> None:
+def run_settings(settings: Sequence[Setting], results: Results, answer: Callable[[Setting], dict[str, Any]]) -> None:
     """Answer with every setting that is not in the results yet; those that do not work are listed with the reason."""
     for number, setting in enumerate(settings, 1):
         if results.has(setting.name):
             continue
         try:
-            method = setting.compressor()
-            if method is not None:
-                check(model, method)
             found = answer(setting)
         except (UnknownNameError, UnsupportedError, InputError) as error:
             results.refuse(setting.name, str(error))
@@ -596,13 +591,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             def offline(setting: Setting, towers: Towers = towers, clips: list[Clip] = clips) -> dict[str, Any]:
                 return answer_offline(model, processor, clips, towers, setting.compressor(), setting.frames)
 
-            run_settings(offline_settings()[turn::of], results, offline, model)
+            run_settings(offline_settings()[turn::of], results, offline)
         elif part in ("streaming", "videoscan"):
 
             def streaming(setting: Setting, clips: list[Clip] = clips) -> dict[str, Any]:
                 return answer_streaming(model, processor, clips, setting)
 
-            run_settings(SETTINGS[part]()[turn::of], results, streaming, model)
+            run_settings(SETTINGS[part]()[turn::of], results, streaming)
         elif part == "cacher":
             cacher_part(model, processor, clips, results, turn, of)
         else:

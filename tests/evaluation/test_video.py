@@ -104,6 +104,17 @@ def test_streams_hold_what_they_may(model: torch.nn.Module, clips: list[Clip]) -
     assert (few["kv_tokens"], few["frames_held"]) == (32, 2)
 
 
+def test_what_acts_in_streams_only_is_asked_there(model: torch.nn.Module, clips: list[Clip], tmp_path: Path) -> None:
+    processor, results = build_processor(), Results(tmp_path / "video-streaming.json", {}, [])
+    recalled = Setting("recalled", "rekv", {"keep": 2}, memory=32)
+    noncausal = Setting("later frames", "evs", {"keep": 0.5}, memory=32)
+    video.run_settings(
+        [recalled, noncausal], results, lambda setting: answer_streaming(model, processor, clips[:1], setting)
+    )
+    assert results.content["results"]["recalled"]["kv_tokens"] == 32
+    assert "looks at later frames" in results.content["refused"]["later frames"]
+
+
 def test_settings_have_names_of_their_own_and_real_methods() -> None:
     for settings in (video.offline_settings(), video.streaming_settings(), video.videoscan_settings()):
         assert len({s.name for s in settings}) == len(settings)
