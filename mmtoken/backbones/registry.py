@@ -14,7 +14,16 @@ from mmtoken.backbones.openvla import OpenVLA
 from mmtoken.backbones.qwen_vl import QwenVL
 from mmtoken.errors import UnsupportedError, near_names
 
-ADAPTERS: tuple[type[Backbone], ...] = (Llava, LlavaOneVision, LlavaVideo, QwenVL, Idefics3, OpenVLA, BareDecoder, BareTower)
+ADAPTERS: tuple[type[Backbone], ...] = (
+    Llava,
+    LlavaOneVision,
+    LlavaVideo,
+    QwenVL,
+    Idefics3,
+    OpenVLA,
+    BareDecoder,
+    BareTower,
+)
 
 
 def adapt(model: PreTrainedModel) -> Backbone:

@@ -300,9 +300,7 @@ class DenseRun(TowerRun):
     def attention(self, block: int | None, *, joint: bool) -> Tensor:
         call = self.call(block)
         heads, prefix = 1 if joint else self.tower.heads, self.tower.prefix
-        query, key = (
-            self._part(call, place).float().unflatten(-1, (heads, -1)).transpose(1, 2) for place in (0, 1)
-        )
+        query, key = (self._part(call, place).float().unflatten(-1, (heads, -1)).transpose(1, 2) for place in (0, 1))
         seen = self._seen(call)
         # Without CLS all patches ask, but not padding.
         received = _received(query[:, :, :1], key, seen=seen) if prefix else _received(query, key, seen, seen)

@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, BatchFeature, ProcessorMixin
-from transformers.image_processing_base import ImageProcessingMixin
-from transformers.processing_utils import ImagesKwargs
+from transformers.image_processing_utils import BaseImageProcessor
 
 from mmtoken.errors import CheckpointError, InputError
 from mmtoken.models.openvla.config import OpenVLAConfig
@@ -23,7 +22,7 @@ STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 Picture = Image.Image | np.ndarray[Any, Any]
 
 
-class PrismaticImageProcessor(ImageProcessingMixin):
+class PrismaticImageProcessor(BaseImageProcessor):
     """Pictures to float[n, 3 * towers, H, W]; settings are those of an official `preprocessor_config.json`.
 
     Attributes:
@@ -44,7 +43,6 @@ class PrismaticImageProcessor(ImageProcessingMixin):
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012  # transformers declares it so
-    valid_kwargs = ImagesKwargs
 
     def __init__(
         self,
@@ -81,7 +79,12 @@ class PrismaticImageProcessor(ImageProcessingMixin):
         self.tvf_resize_params = list(
             tvf_resize_params
             or [
-                {"size": list(size[1:]) if square else size[-1], "interpolation": 3, "max_size": None, "antialias": True}
+                {
+                    "size": list(size[1:]) if square else size[-1],
+                    "interpolation": 3,
+                    "max_size": None,
+                    "antialias": True,
+                }
                 for size in self.input_sizes
             ]
         )
@@ -106,7 +109,7 @@ class PrismaticImageProcessor(ImageProcessingMixin):
                 f"towers: {per_tower}."
             )
 
-    def __call__(self, images: Picture | Sequence[Picture], return_tensors: str | None = "pt", **kwargs: Any) -> Any:
+    def preprocess(self, images: Picture | Sequence[Picture], return_tensors: str | None = "pt", **kwargs: Any) -> Any:
         """{"pixel_values": float[n, 3 * towers, H, W]}; the channels of the first tower come first.
 
         Args:
@@ -124,8 +127,6 @@ class PrismaticImageProcessor(ImageProcessingMixin):
             raise InputError("images is empty; give one picture per prompt.")
         pixels = torch.stack([self._one(as_picture(image, number)) for number, image in enumerate(given)])
         return BatchFeature({"pixel_values": pixels})
-
-    preprocess = __call__
 
     def _one(self, image: Image.Image) -> Tensor:
         from torchvision.transforms import functional as tvf  # takes a second to import
@@ -295,6 +296,8 @@ class PrismaticProcessor(ProcessorMixin):
 
 
 AutoImageProcessor.register(
-    OpenVLAConfig, image_processor_classes={"pil": PrismaticImageProcessor, "torchvision": PrismaticImageProcessor}, exist_ok=True
+    OpenVLAConfig,
+    image_processor_classes={"pil": PrismaticImageProcessor, "torchvision": PrismaticImageProcessor},
+    exist_ok=True,
 )
 AutoProcessor.register(OpenVLAConfig, PrismaticProcessor, exist_ok=True)

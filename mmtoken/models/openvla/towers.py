@@ -55,9 +55,7 @@ def make_tower(config: OpenVLAConfig, number: int, **overrides: Any) -> Any:
     if config.timm_override_act_layers[number] is not None:
         options["act_layer"] = config.timm_override_act_layers[number]
     try:
-        tower = timm.create_model(
-            name, pretrained=False, num_classes=0, img_size=config.image_sizes[number], **options
-        )
+        tower = timm.create_model(name, pretrained=False, num_classes=0, img_size=config.image_sizes[number], **options)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedError(
             f"timm_model_ids[{number}]={name!r} with {options} cannot be made: {error}; name a vision transformer of "
