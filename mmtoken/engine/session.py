@@ -126,8 +126,8 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
         _check_reuse(backbone, method)
     if "vision_layer" in method.sites and not backbone.cuts_tower:
         raise UnsupportedError(
-            f"{name} drops patches between blocks of a tower, and {backbone.name} joins the patches of two towers, which "
-            "must stay the same ones; use a method that acts after the towers."
+            f"{name} drops patches between blocks of a tower, and {backbone.name} joins what two towers make of the same "
+            "patches; use a method that acts after the towers."
         )
     if decoder is None:
         if method.sites & {"llm_layer", "frames", "cache"}:

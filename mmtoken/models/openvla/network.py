@@ -1,8 +1,8 @@
 """The network: timm towers, an MLP projector and a Llama that answers with action tokens.
 
-Kim et al., OpenVLA: An Open-Source Vision-Language-Action Model, arXiv 2406.09246. Parameters have the names of official
-checkpoints. Importing this package makes `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` know it, so no
-code from a checkpoint runs.
+Kim et al., OpenVLA: An Open-Source Vision-Language-Action Model, arXiv 2406.09246. Parameters have the names of
+official checkpoints. Importing this package makes `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` know
+it, so no code from a checkpoint runs.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
         self.means = [list(mean) for mean in means or [(0.5, 0.5, 0.5)] * towers]
         self.stds = [list(std) for std in stds or [(0.5, 0.5, 0.5)] * towers]
         square = image_resize_strategy == "resize-naive"
+        bicubic = {"interpolation": 3, "max_size": None, "antialias": True}
         self.tvf_resize_params = list(
             tvf_resize_params
             or [
