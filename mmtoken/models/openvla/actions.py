@@ -76,7 +76,8 @@ class ActionCodec:
             where = outside.nonzero()[0].tolist()
             raise ActionError(
                 f"token {int(tokens[tuple(where)])} at {where} is no action: the bins are the tokens "
-                f"{self.tokens.start} to {self.tokens.stop - 1}. The model did not answer with an action; check the prompt and the checkpoint."
+                f"{self.tokens.start} to {self.tokens.stop - 1}. The model "
+                "did not answer with an action; check the prompt and the checkpoint."
             )
 
     def unnormalise(self, normalised: Tensor, unnorm_key: str | None = None) -> Tensor:
