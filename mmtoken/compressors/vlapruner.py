@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -50,7 +51,8 @@ class VLAPruner(Compressor):
         rows: whose attention is semantic: "prefill", all tokens of the prompt; "last", the last one; "text", the text
             tokens after the image but the first and the last of them (all of them where there are no others).
         window: calls that are smoothed over.
-        gamma: decay from call to call, in (0, 1].
+        gamma: decay from call to call; above 1 old calls count most (1.25 with variant "paper" is the order of the
+            official code's 0.8, and nothing else of it).
         action_tokens: how many of the last generated tokens are actions.
         recorded: layers (0-based) whose action attention is averaged; None: as above.
         branches: "both"; for ablations "semantic" or "action", whose candidates are then all there are. The warm-up
@@ -96,8 +98,8 @@ class VLAPruner(Compressor):
         check_whole("layer", self.layer, lowest=1)
         check_whole("window", self.window, lowest=1)
         check_whole("action_tokens", self.action_tokens, lowest=1)
-        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float) or not 0 < self.gamma <= 1:
-            raise MMTokenError(f"gamma={self.gamma!r} is no decay; give a number above 0 and up to 1.")
+        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float) or not 0 < self.gamma < math.inf:
+            raise MMTokenError(f"gamma={self.gamma!r} is no decay; give a number above 0, for a decay up to 1.")
         object.__setattr__(self, "recorded", as_tuple("recorded", self.recorded))
         if self.recorded is not None:
             check_ascending("recorded", self.recorded, lowest=0)

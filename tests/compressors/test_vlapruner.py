@@ -42,6 +42,12 @@ def test_the_official_code_lets_the_oldest_call_count_most_and_rounds_to_bfloat1
     assert int(found.argmax()) == 0
 
 
+def test_the_official_order_alone_is_a_decay_above_one():
+    found = smooth(HISTORY, 1 / 0.8, everyone(4))[0]
+    want = torch.tensor([0.345902, 0.296721, 0.257377, 0.1])  # as above, not rounded
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-6)
+
+
 def test_the_official_sum_leaves_out_what_is_not_the_items():
     some = torch.tensor([[True, True, False, False]])
     history = HISTORY.masked_fill(~some, math.nan)
@@ -272,7 +278,7 @@ def test_action_attention_comes_from_the_later_half_or_from_the_official_layer()
     ("field", "value"),
     [
         *((field, value) for field in ("layer", "window", "action_tokens") for value in (0, -1, True, "2", 2.0, None)),
-        *(("gamma", value) for value in (0, 0.0, 1.1, -0.5, math.nan, True, "0.8", None)),
+        *(("gamma", value) for value in (0, 0.0, -0.5, math.nan, math.inf, True, "0.8", None)),
         *(("recorded", value) for value in ("12", 3, (), (2, 2), (3, 1), (-1,), (True,))),
         *(("rows", value) for value in ("all", None, True)),
         *(("variant", value) for value in ("official", None, True)),
