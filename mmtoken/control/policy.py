@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmtoken.errors import InputError, MMTokenError
+from mmtoken.errors import ActionError, InputError, MMTokenError
 
 Image = NDArray[np.uint8]
 """uint8[H, W, 3]."""
@@ -24,7 +24,8 @@ class Policy:
 
     Attributes:
         processor: as handed in.
-        unnorm_key: the data set whose statistics scale the actions.
+        unnorm_key: the data set whose statistics scale the actions; None: the only one.
+        codec: tokens to actions and back.
         lock: held while the model runs: a compressor is attached to the model for one step of one episode at a time.
     """
 
@@ -40,8 +41,9 @@ class Policy:
             MMTokenError: there are no such statistics, or they do not fit the model's actions.
         """
         self.processor = processor
-        self.codec = model.action_codec(unnorm_key)
-        self.unnorm_key = self.codec.unnorm_key
+        self.unnorm_key = unnorm_key
+        self.codec = model.codec
+        self.codec.length(unnorm_key)  # refuses statistics that are missing
         self.lock = threading.RLock()
         self._model = model
 
@@ -68,17 +70,19 @@ class Policy:
             float32[B, S, A]: S steps (1 for policies that predict one at a time) of A numbers in the robot's units.
 
         Raises:
-            InputError: an image or an instruction cannot be used, or what the model answers is no action.
+            ActionError: what the model answers is no action.
+            InputError: an image or an instruction cannot be used.
             MMTokenError: the policy was unloaded.
         """
         with self.lock:
             model = self.model
             self.check(images, instructions)
             inputs = self.processor(images=list(images), instructions=list(instructions), return_tensors="pt")
-            tokens = model.predict_tokens(**inputs.to(model.device))
-            actions: NDArray[np.float32] = self.codec.decode(tokens)
+            tokens = model.predict_tokens(unnorm_key=self.unnorm_key, **inputs.to(model.device))
+            scaled = self.codec.unnormalise(self.codec.decode(tokens), self.unnorm_key)
+            actions: NDArray[np.float32] = scaled.cpu().numpy()
         if not np.isfinite(actions).all():
-            raise InputError(f"actions are not finite: {actions.tolist()}; check norm_stats[{self.unnorm_key!r}].")
+            raise ActionError(f"actions are not finite: {actions.tolist()}; check norm_stats of the checkpoint.")
         return actions
 
     def unload(self) -> None:
