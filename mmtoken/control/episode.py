@@ -127,6 +127,15 @@ class Episode(AbstractContextManager["Episode"]):
             raise MMTokenError(f"report is empty: {why}; call act() of an episode with a compressor first.")
         return self._report
 
+    @property
+    def history(self) -> NDArray[np.float32]:
+        """float32[h, B, N]: attention that the actions of remembered steps paid to visual tokens, oldest step first.
+
+        Empty for compressors that do not look back.
+        """
+        calls = self._open().calls
+        return np.stack([call.float().cpu().numpy() for call in calls]) if calls else np.zeros((0, 0, 0), np.float32)
+
     def close(self) -> None:
         """Let go of what is remembered; safe to repeat. The policy stays loaded."""
         self._state = None

@@ -26,6 +26,7 @@ class Policy:
         processor: as handed in.
         unnorm_key: the data set whose statistics scale the actions; None: the only one.
         codec: tokens to actions and back.
+        action_length: A, numbers of an action.
         lock: held while the model runs: a compressor is attached to the model for one step of one episode at a time.
     """
 
@@ -43,7 +44,7 @@ class Policy:
         self.processor = processor
         self.unnorm_key = unnorm_key
         self.codec = model.codec
-        self.codec.length(unnorm_key)  # refuses statistics that are missing
+        self.action_length = self.codec.length(unnorm_key)
         self.lock = threading.RLock()
         self._model = model
 
@@ -77,7 +78,8 @@ class Policy:
         with self.lock:
             model = self.model
             self.check(images, instructions)
-            inputs = self.processor(images=list(images), instructions=list(instructions), return_tensors="pt")
+            prompts = [self.processor.prompt(instruction) for instruction in instructions]
+            inputs = self.processor(text=prompts, images=[np.asarray(image) for image in images])
             tokens = model.predict_tokens(unnorm_key=self.unnorm_key, **inputs.to(model.device))
             scaled = self.codec.unnormalise(self.codec.decode(tokens), self.unnorm_key)
             actions: NDArray[np.float32] = scaled.cpu().numpy()

@@ -379,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "task": "PickPlace, the time limit of its class",
         "weights": {name: _fingerprint(policy.model) for name, policy in policies.items()},
         "environment": environment(torch.device("cpu")),
-        "visual_tokens": first.visual_tokens,
+        "visual_tokens": first.processor.num_image_tokens,
         "token_count": "visual tokens per step that a decoder layer processed, averaged over layers and over all steps, "
         "those before a method prunes included",
         "seeds": seeds,
