@@ -5,6 +5,7 @@ Nothing here uses `mmtoken.models.openvla`: names of files, settings and weights
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Parts(nn.Module):
             )
             width, llm = sum(args["embed_dim"] for args in ARGS[:towers]), TEXT["hidden_size"]
             widths = [width, 4 * width, llm, llm] if towers == 2 else [width, llm, llm]
-            self.projector = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+            self.projector = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
             self.llm = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT))
             for name, value in self.named_parameters():
                 # Far from the constants of a fresh network, so that nothing can be left out unnoticed.
