@@ -31,6 +31,7 @@ def maxmin_step_kernel(
     steps,
     n,
     d,
+    blocks,
     x_batch,
     x_row,
     x_col,
@@ -39,7 +40,6 @@ def maxmin_step_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Find pick number `step`, and each block's distances after it with the farthest token for the next step."""
-    blocks = tl.cdiv(n, BLOCK_N)
     block = tl.program_id(0) % blocks
     # int64: batch * n * d may pass 2^31.
     batch = (tl.program_id(0) // blocks).to(tl.int64)
@@ -58,7 +58,7 @@ def maxmin_step_kernel(
     rows = x + batch * x_batch + row.to(tl.int64)[:, None] * x_row
     picked = x + batch * x_batch + pick.to(tl.int64) * x_row
     deep = tl.arange(0, BLOCK_D)
-    product = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    product = tl.full([BLOCK_N, BLOCK_D], 0.0, tl.float32)
     for start in range(0, d, BLOCK_D):
         part = start + deep
         ours = tl.load(rows + part[None, :] * x_col, mask=left[:, None] & (part < d)[None, :], other=0.0)
@@ -75,6 +75,8 @@ def maxmin_step_kernel(
 
 def tokens_per_program(n: int) -> int:
     """So few that a device is full, so many that reading the blocks' candidates costs little: 16, or 32 of many."""
+    if triton.knobs.runtime.interpret:
+        return 128  # to interpret a program takes as long for few tokens as for many
     return 16 if n <= 16384 else 32
 
 
@@ -114,10 +116,11 @@ def maxmin_select(features: Tensor, steps: int, eligible: Tensor, counts: Tensor
             steps,
             n,
             d,
+            blocks,
             *features.stride(),
             BLOCKS=triton.next_power_of_2(blocks),
             BLOCK_N=rows,
-            BLOCK_D=256,
+            BLOCK_D=min(256, triton.next_power_of_2(d)),
             num_warps=4,
         )
     return picks

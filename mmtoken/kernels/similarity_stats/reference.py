@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 TILE = 256
 """Tokens that are compared with as many others at once."""
@@ -46,9 +46,9 @@ def similarity_stats(
         count = count.masked_fill(~rows, 0)
     if torch.is_grad_enabled() and (unit.requires_grad or against.requires_grad):
         # The scan needs no gradient of its own: the maximum is the similarity of one pair per row.
+        partner = against if against.shape[1] else pad(against, (0, 0, 0, 1))  # one for rows without any
         pick = index.clamp(min=0)[..., None].expand(-1, -1, unit.shape[-1])
-        pair = (unit * against.gather(1, pick)).sum(-1) if against.shape[1] else (unit * 0).sum(-1)
-        pair = torch.where(index >= 0, pair, 0.0)
+        pair = torch.where(index >= 0, (unit * partner.gather(1, pick)).sum(-1), 0.0)
         best = best + (pair - pair.detach())
     return SimilarityStats(best, index, count)
 

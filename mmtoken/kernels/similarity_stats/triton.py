@@ -27,6 +27,8 @@ def similarity_stats_kernel(
     n,
     m,
     d,
+    row_blocks,
+    tiles,
     splits,
     tiles_per_split,
     x_batch,
@@ -47,20 +49,20 @@ def similarity_stats_kernel(
     """One block of rows against one split of the columns."""
     program = tl.program_id(0)
     split = program % splits
-    block = (program // splits) % tl.cdiv(n, BLOCK_N)
+    block = (program // splits) % row_blocks
     # int64: batch * n * d may pass 2^31.
-    batch = (program // splits // tl.cdiv(n, BLOCK_N)).to(tl.int64)
+    batch = (program // splits // row_blocks).to(tl.int64)
     row = block * BLOCK_N + tl.arange(0, BLOCK_N)
     deep = tl.arange(0, BLOCK_D)
     x_rows = x + batch * x_batch + row.to(tl.int64)[:, None] * x_row
     scale = tl.load(x_scale + batch * n + row, mask=row < n, other=0.0)
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
     index = tl.full([BLOCK_N], -1, tl.int32)
-    count = tl.zeros([BLOCK_N], tl.int32)
-    for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tl.cdiv(m, BLOCK_M))):
+    count = tl.full([BLOCK_N], 0, tl.int32)
+    for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
         column = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         y_rows = y + batch * y_batch + column.to(tl.int64)[:, None] * y_row
-        product = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        product = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
         for start in range(0, d, BLOCK_D):
             where = start + deep
             left = tl.load(x_rows + where[None, :] * x_col, mask=(row < n)[:, None] & (where < d)[None, :], other=0.0)
@@ -92,6 +94,8 @@ def similarity_stats_kernel(
 
 def blocks(dtype: torch.dtype) -> dict[str, int]:
     """Block sizes, warps and stages by the dtype of the features."""
+    if triton.knobs.runtime.interpret:  # which takes as long for a small block as for a large one
+        return {"BLOCK_N": 256, "BLOCK_M": 128, "BLOCK_D": 32}
     if dtype == torch.float32:
         return {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
@@ -132,6 +136,8 @@ def similarity_stats(
             n,
             m,
             d,
+            row_blocks,
+            tiles,
             splits,
             per_split,
             *x.stride(),
@@ -180,7 +186,7 @@ def _backward(ctx, grad: Tensor, *_: Tensor | None):
     """d cos(x, y) / dx = (v - cos(x, y) u) / |x| for the unit vectors u, v of the one pair behind each maximum."""
     features, other, best, index = ctx.saved_tensors
     y = features if other is None else other
-    if not y.shape[1]:
+    if not y.numel():
         return torch.zeros_like(features), None if other is None else torch.zeros_like(other), None, None, None
     found = index >= 0
     pick = index.clamp(min=0)[..., None].expand(-1, -1, features.shape[-1])
