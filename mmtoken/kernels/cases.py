@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,10 +26,8 @@ class Cost(NamedTuple):
     flops: int
 
 
-class Make(Protocol):
-    def __call__(
-        self, generator: torch.Generator, *, n: int, dtype: torch.dtype, batch: int, **size: int
-    ) -> Inputs: ...
+Make = Callable[..., Inputs]
+"""(generator, *, n, dtype, batch, further sizes) to inputs."""
 
 
 @dataclass(frozen=True)
