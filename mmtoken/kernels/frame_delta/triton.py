@@ -12,7 +12,7 @@ EPS = 1e-8
 """Least norm, as of torch's cosine_similarity."""
 BLOCK_C = 256
 """Most channels read at a time."""
-TILE = 4096
+TILE = 2048
 """Values read at a time from each frame."""
 
 
