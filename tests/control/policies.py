@@ -10,7 +10,12 @@ from numpy.typing import NDArray
 from transformers import LlamaConfig
 
 from mmtoken import Policy
-from mmtoken.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor, PrismaticProcessor
+from mmtoken.models.openvla import (
+    OpenVLAConfig,
+    OpenVLAForActionPrediction,
+    PrismaticImageProcessor,
+    PrismaticProcessor,
+)
 from tests.backbones.openvla_checkpoint import ARGS, IMAGE_SIZE, MEANS, NORM_STATS, PAD, PATCH, STDS, TOWERS, VOCAB
 from tests.backbones.processors import llama_tokenizer
 
