@@ -329,7 +329,9 @@ def joined(folder: Path) -> dict[str, Any]:
     whole: dict[str, Any] = contents[0]
     for content in contents[1:]:
         if any(content[key] != whole[key] for key in ("schema_version", "weights", "seeds", "cells")):
-            raise InputError(f"out={str(folder)!r}: control-runs files are about different policies, episodes or cells.")
+            raise InputError(
+                f"out={str(folder)!r}: control-runs files are about different policies, episodes or cells."
+            )
         for policy, runs in content["runs"].items():
             whole["runs"].setdefault(policy, {}).update(runs)
     return whole
@@ -380,8 +382,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "weights": {name: _fingerprint(policy.model) for name, policy in policies.items()},
         "environment": environment(torch.device("cpu")),
         "visual_tokens": first.processor.num_image_tokens,
-        "token_count": "visual tokens per step that a decoder layer processed, averaged over layers and over all steps, "
-        "those before a method prunes included",
+        "token_count": "visual tokens per step that a decoder layer processed, averaged over layers and all steps, those "
+        "before a method prunes included",
         "seeds": seeds,
         "cells": {cell.name: cell.to_dict() for cell in plans},
     }
@@ -401,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found["cpu_seconds"] = round(time.process_time() - started, 1)
         results.put(policy, name, found)
         rate = f"{np.mean(found['success']):.3f} of {options.episodes} in " if "success" in found else ""
-        print(f"{number}/{len(mine)} {policy} {name}: {rate}{found['cpu_seconds']} s", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{number}/{len(mine)} {policy} {name}: {rate}{found['cpu_seconds']} s\n")
     content = joined(out)
     if complete(content):
         write(content, out)
