@@ -59,6 +59,9 @@ PUBLISHED = {1.0: 1.906, 0.5: 1.139, 0.25: 0.758, 0.125: 0.571}
 
 FULL_DEPTH = 32
 
+REMEMBERED = 3
+"""Earlier steps that a method may look back on."""
+
 
 @dataclass(frozen=True)
 class ArmShape:
@@ -139,8 +142,7 @@ def act(step: Step, compressor: Compressor | None, watch: Stopwatch) -> Report |
     model: Any = step.model
     with watch.stage("attach"):
         session: Session | None = None if compressor is None else compress(model, compressor)
-    window = 0 if compressor is None else getattr(compressor.recording(len(model.language_model.model.layers)), "calls", 0)
-    memory = EpisodeState([step.remembered] * window)
+    memory = EpisodeState([step.remembered] * REMEMBERED)
     with nullcontext() if session is None else session.resuming(memory):
         with watch.stage("prefill"):
             output = model(input_ids=step.input_ids, pixel_values=step.pixel_values, use_cache=True, logits_to_keep=1)
@@ -231,8 +233,9 @@ def _row(
     deep = lengths + [lengths[-1]] * (FULL_DEPTH - shape.layers)
     counted = DecoderShape.from_config(step.model.config.text_config)
     keep = 1.0 if compressor is None else float(compressor.keep)
-    totals = {who: [sum(s) for s in zip(*(t[x] for x in ("prefill", "decode")), strict=True)] for who, t in
-              (("mine", mine), ("dense", dense))}  # fmt: skip
+    whole, whole_dense = (
+        [p + d for p, d in zip(stages["prefill"], stages["decode"], strict=True)] for stages in (mine, dense)
+    )
     ours = compressor is None or isinstance(compressor, VLAPruner)
     return {
         "name": name,
@@ -241,11 +244,11 @@ def _row(
         "tokens_left": step.remembered.shape[1] if report is None else report.tokens_out[0],
         "milliseconds": {
             **{stage: Summary.of(mine[stage]).to_dict(1e3) for stage in mine},
-            "step": Summary.of(totals["mine"]).to_dict(1e3),
+            "step": Summary.of(whole).to_dict(1e3),
         },
         "speedup": {
             "prefill": Summary.of(paired(dense["prefill"], mine["prefill"])).to_dict(),
-            "step": Summary.of(paired(totals["dense"], totals["mine"])).to_dict(),
+            "step": Summary.of(paired(whole_dense, whole)).to_dict(),
         },
         "tera_multiply_adds": round(multiply_adds(counted, lengths) / 1e12, 5),
         "tera_multiply_adds_of_32_layers": round(multiply_adds(counted, deep) / 1e12, 5),
