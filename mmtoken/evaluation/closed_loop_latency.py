@@ -124,7 +124,7 @@ def _deepen(model: OpenVLAForActionPrediction, layers: int) -> None:
     first = decoder.layers[0]
     for number in range(1, layers):
         with torch.device("meta"):
-            layer = LlamaDecoderLayer(decoder.config, layer_idx=number)
+            layer: Any = LlamaDecoderLayer(decoder.config, layer_idx=number)
         for name, parameter in first.named_parameters():
             owner, _, last = name.rpartition(".")
             setattr(layer.get_submodule(owner), last, parameter)
@@ -231,7 +231,7 @@ def _row(
     mine, dense = timings[name], timings[DENSE]
     lengths = [[shape.prompt]] * shape.layers if report is None else report.layer_lengths
     deep = lengths + [lengths[-1]] * (FULL_DEPTH - shape.layers)
-    counted = DecoderShape.from_config(step.model.config.text_config)
+    counted = DecoderShape.from_config(step.model.language_model.config)
     keep = 1.0 if compressor is None else float(compressor.keep)
     whole, whole_dense = (
         [p + d for p, d in zip(stages["prefill"], stages["decode"], strict=True)] for stages in (mine, dense)
@@ -297,11 +297,11 @@ def control_report(results: dict[str, Any]) -> str:
     return (
         "# A control step of an OpenVLA-shaped model\n\n"
         f"Random weights, the same in all {shape['layers']} layers (width {shape['hidden']}, MLP "
-        f"{shape['intermediate']}, {shape['heads']} heads, {results['dtype']}); {shape['prompt']} prompt tokens, 256 of "
-        f"them visual, {shape['actions']} action tokens; tiny towers, whose real ones would take the same time with "
+        f"{shape['intermediate']}, {shape['heads']} heads, {results['dtype']}); {shape['prompt']} prompt tokens, 256 "
+        f"of them visual, {shape['actions']} action tokens; tiny towers, whose real ones would take the same time with "
         f"every method. VLA-Pruner and FastV cut before layer {results['cut_before_layer']}, the others before the "
-        f"decoder. Measured on {where['device']} ({where['clock']}), {versions}, Python {where['python']}; load average "
-        f"{' to '.join(map(str, results['load_average']))}. Medians of {results['rounds']} interleaved rounds; "
+        f"decoder. Measured on {where['device']} ({where['clock']}), {versions}, Python {where['python']}; load "
+        f"average {' to '.join(map(str, results['load_average']))}. Medians of {results['rounds']} interleaved rounds; "
         "speed-ups are ratios taken within a round, scoring included. `of operations` is the speed-up that counted "
         "multiply-adds of the prefill promise at this depth. TFLOPs are tera-multiply-adds of a 32-layer prefill, as "
         "arXiv 2511.16449 counts them; `published` is what it prints. Nothing here says anything about success.\n\n"
