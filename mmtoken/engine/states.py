@@ -76,7 +76,7 @@ class LayerStates:
 
 def text_places(call: Prefill) -> tuple[Tensor, Tensor, Tensor]:
     """Of each item's row: (int[I, T] places of text tokens, bool[I, T] which are real, bool[I, T] after the item)."""
-    text = call.real & ~call.visual
+    text = call.said & ~call.visual
     rows = call.items.row_index
     order = torch.argsort((~text).to(torch.uint8), dim=-1, stable=True)
     counts = text.sum(-1)
