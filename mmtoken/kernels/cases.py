@@ -26,18 +26,15 @@ class Cost(NamedTuple):
     flops: int
 
 
-Make = Callable[..., Inputs]
-"""(generator, *, n, dtype, batch, further sizes) to inputs."""
-
-
 @dataclass(frozen=True)
 class Case:
     """Inputs of one kind.
 
     Attributes:
         name: what is special about it, "padded".
-        make: called with a CPU generator, tokens n, the dtype of floating inputs, the batch (0 too) and `size`; gives
-            CPU tensors. The benchmark moves them. Inputs of which the result is an index must have no near-ties.
+        make: called with a CPU generator and the keywords n (tokens), dtype (of floating inputs), batch (0 too) and
+            those of `size`; gives CPU tensors. The benchmark moves them. Inputs of which the result is an index must
+            have no near-ties.
         size: further sizes of `make` in the tests, small: kernels are interpreted. {"heads": 4, "width": 16}
         differentiable: names of the inputs that gradients are compared for.
         real: further sizes in the benchmark, from real models, by a name: {"Qwen2-7B": {"heads": 28, ...}}; empty: not
@@ -45,7 +42,7 @@ class Case:
     """
 
     name: str
-    make: Make
+    make: Callable[..., Inputs]
     size: Mapping[str, int] = field(default_factory=dict)
     differentiable: tuple[str, ...] = ()
     real: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
