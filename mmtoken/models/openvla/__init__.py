@@ -1,0 +1,8 @@
+"""OpenVLA: a robot policy that answers an image and an instruction with action tokens."""
+
+from mmtoken.models.openvla.actions import ActionCodec as ActionCodec
+from mmtoken.models.openvla.config import OpenVLAConfig as OpenVLAConfig
+from mmtoken.models.openvla.network import OpenVLAForActionPrediction as OpenVLAForActionPrediction
+from mmtoken.models.openvla.processor import PrismaticImageProcessor as PrismaticImageProcessor
+from mmtoken.models.openvla.processor import PrismaticProcessor as OpenVLAProcessor
+from mmtoken.models.openvla.processor import PrismaticProcessor as PrismaticProcessor
