@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,20 +26,15 @@ class Cost(NamedTuple):
     flops: int
 
 
-class Make(Protocol):
-    def __call__(
-        self, generator: torch.Generator, *, n: int, dtype: torch.dtype, batch: int, **size: int
-    ) -> Inputs: ...
-
-
 @dataclass(frozen=True)
 class Case:
     """Inputs of one kind.
 
     Attributes:
         name: what is special about it, "padded".
-        make: called with a CPU generator, tokens n, the dtype of floating inputs, the batch (0 too) and `size`; gives
-            CPU tensors. The benchmark moves them. Inputs of which the result is an index must have no near-ties.
+        make: called with a CPU generator and the keywords n (tokens), dtype (of floating inputs), batch (0 too) and
+            those of `size`; gives CPU tensors. The benchmark moves them. Inputs of which the result is an index must
+            have no near-ties.
         size: further sizes of `make` in the tests, small: kernels are interpreted. {"heads": 4, "width": 16}
         differentiable: names of the inputs that gradients are compared for.
         real: further sizes in the benchmark, from real models, by a name: {"Qwen2-7B": {"heads": 28, ...}}; empty: not
@@ -47,7 +42,7 @@ class Case:
     """
 
     name: str
-    make: Make
+    make: Callable[..., Inputs]
     size: Mapping[str, int] = field(default_factory=dict)
     differentiable: tuple[str, ...] = ()
     real: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -178,7 +178,7 @@ def test_an_answer_outside_the_bins_is_no_action() -> None:
     arm.model.language_model.lm_head.weight.data[-256 - 64 : -64] = 0
     arm.model.language_model.lm_head.weight.data[5] = arm.model.language_model.lm_head.weight.data[4] + 1
     arm.model.language_model.lm_head.weight.data[6] = -arm.model.language_model.lm_head.weight.data[5]
-    with pytest.raises(ActionError, match=r"token [56] at .* is no action: the bins are tokens"):
+    with pytest.raises(ActionError, match=r"token [56] at .* is no action: the bins are the tokens"):
         Episode(arm).act(camera(0, 1)[0], ORDER)
 
 
