@@ -52,8 +52,8 @@ FIRST_SEED = 1_000_000
 KEEPS = (0.5, 0.25, 0.125)
 
 LAYER = 1
-"""First decoder layer that sees kept tokens only, for methods that cut inside the decoder: their papers' 2 and 3 of 32
-would be 0 of 4, where nothing has been computed yet that could be read."""
+"""First decoder layer that sees kept tokens only, for methods that cut inside the decoder: 2 and 3 of 32 in their
+papers, at this depth the earliest there is."""
 
 
 @dataclass(frozen=True)
