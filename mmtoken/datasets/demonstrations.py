@@ -2,7 +2,8 @@
 
 Behaviour cloning on an expert's own paths fails where the policy strays from them. Here states are drawn directly
 instead: grippers anywhere and near things, open, carrying any item, closed on nothing, items that were let go in odd
-places. Each state is labelled with the expert's action for three instructions. A batch is a function of `(seed, step)`
+places. Each state is labelled with the expert's action for each instruction
+that the table allows. A batch is a function of `(seed, step)`
 alone, so a run that goes on from a checkpoint sees what the uninterrupted one would have seen.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import lightning as L
 import numpy as np
@@ -20,8 +22,6 @@ from mmtoken.datasets.tabletop import SIZE, SPREAD, TEMPLATES, Frame, Order, Sce
 from mmtoken.datasets.vqa_mix import split_seed
 from mmtoken.errors import InputError
 
-ORDERS = 3
-"""Instructions per picture."""
 _SCATTER = 5.0
 """Standard deviation of grippers near things, px."""
 
@@ -34,33 +34,38 @@ class Demonstration:
         scene: what the picture shows.
         camera: shift of the picture, px to the right and down.
         image: uint8[64, 64, 3].
-        instructions: three.
-        actions: float32[3, 3], the expert's for each instruction.
+        orders: what is asked for, each item with each base.
+        actions: float32[orders, 3], the expert's for each of them.
     """
 
     scene: Scene
     camera: tuple[int, int]
     image: Frame
-    instructions: tuple[str, ...]
+    orders: tuple[Order, ...]
     actions: NDArray[np.float32]
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The orders in words."""
+        return tuple(order.text(self.scene) for order in self.orders)
 
 
 def draw_demonstration(rng: np.random.Generator) -> Demonstration:
     """A state that is not on any path in particular, with its labels."""
-    scene, asked = _draw_state(rng)
-    orders = [Order(item, base, int(rng.integers(len(TEMPLATES)))) for item, base in asked]
+    scene = _draw_state(rng)
+    pairs = product(range(len(scene.items)), range(len(scene.bases)))
+    orders = tuple(Order(item, base, int(rng.integers(len(TEMPLATES)))) for item, base in pairs)
     x, y = rng.integers(-SPREAD - 1, SPREAD + 2, 2).tolist()
     return Demonstration(
         scene,
         (x, y),
         render(scene, (x, y)),
-        tuple(order.text(scene) for order in orders),
+        orders,
         np.stack([expert(scene, order) for order in orders]),
     )
 
 
-def _draw_state(rng: np.random.Generator) -> tuple[Scene, list[tuple[int, int]]]:
-    """A state and the (item, base) pairs that are asked about it."""
+def _draw_state(rng: np.random.Generator) -> Scene:
     scene = draw_scene(rng)
     count, bases = len(scene.items), len(scene.bases)
     if rng.random() < 0.15:  # an item that was let go in an odd place
@@ -70,12 +75,9 @@ def _draw_state(rng: np.random.Generator) -> tuple[Scene, list[tuple[int, int]]]
     things = scene.bases if carrying else scene.items
     gripper = _somewhere(rng) if rng.random() < 0.5 else _near(rng, things[int(rng.integers(len(things)))].at, _SCATTER)
     if not carrying:
-        scene = replace(scene, gripper=gripper, closed=bool(rng.random() < 0.12))
-        return scene, [(i, int(rng.integers(bases))) for i in range(count)]
+        return replace(scene, gripper=gripper, closed=bool(rng.random() < 0.12))
     held = int(rng.integers(count))
-    scene = replace(_put(scene, held, gripper), gripper=gripper, closed=True, held=held)
-    other = (held + int(rng.integers(1, count))) % count
-    return scene, [*((held, base) for base in range(bases)), (other, int(rng.integers(bases)))]
+    return replace(_put(scene, held, gripper), gripper=gripper, closed=True, held=held)
 
 
 def _somewhere(rng: np.random.Generator) -> tuple[float, float]:
@@ -123,7 +125,7 @@ class DemonstrationMix(L.LightningDataModule):
 
     Args:
         seed: another seed gives other states, in training and validation.
-        size: pictures per step; each has three instructions.
+        size: pictures per step; each has six instructions.
         validation_batches: batches of held-out states.
     """
 

@@ -42,8 +42,7 @@ SPREAD = 3
 TEMPLATES = (
     "put the {item} on the {base}",
     "put {item} on {base}",
-    "pick up the {item} and place it on the {base}",
-    "take the {item} to the {base} and let go",
+    "move the {item} over to the {base}",
 )
 
 _EDGE = {ITEM_SIZE: 9.0, BASE_SIZE: 12.0}
@@ -182,6 +181,11 @@ def placed(scene: Scene, order: Order) -> bool:
     return near and scene.held != order.item
 
 
+def goal(scene: Scene, order: Order) -> Point:
+    """Where the gripper has to go next: to the named base with the named item, to the item without it."""
+    return scene.bases[order.base].at if scene.held == order.item else scene.items[order.item].at
+
+
 def expert(scene: Scene, order: Order) -> NDArray[np.float32]:
     """The action float32[3] of an expert: straight to where the gripper has to be, along both axes at once.
 
@@ -189,8 +193,7 @@ def expert(scene: Scene, order: Order) -> NDArray[np.float32]:
     base and opens.
     """
     carrying = scene.held == order.item
-    goal = scene.bases[order.base].at if carrying else scene.items[order.item].at
-    way = np.array(goal) - np.array(scene.gripper)
+    way = np.array(goal(scene, order)) - np.array(scene.gripper)
     near = bool(np.abs(way).max() <= NEAR)
     if carrying:
         closed = not near

@@ -244,22 +244,19 @@ def test_demonstrations_carry_the_experts_labels_and_cover_what_can_go_wrong() -
     batch = DemonstrationBatches(seed=4, size=200)[0]
     for d in batch:
         assert np.array_equal(d.image, render(d.scene, d.camera))
-        for text, action in zip(d.instructions, d.actions, strict=True):
-            orders = [
-                Order(i, b, t)
-                for i in range(3)
-                for b in range(2)
-                for t in range(len(TEMPLATES))
-                if Order(i, b, t).text(d.scene) == text
-            ]
-            assert len(orders) == 1
-            np.testing.assert_array_equal(action, expert(d.scene, orders[0]))
+        assert {(o.item, o.base) for o in d.orders} == {(i, b) for i in range(3) for b in range(2)}
+        for order, text, action in zip(d.orders, d.instructions, d.actions, strict=True):
+            assert text == order.text(d.scene)
+            np.testing.assert_array_equal(action, expert(d.scene, order))
+    assert {o.template for d in batch for o in d.orders} == set(range(len(TEMPLATES)))
     held = [d.scene.held is not None for d in batch]
     empty = [d.scene.closed and d.scene.held is None for d in batch]
     assert 60 < sum(held) < 140 and sum(empty) > 3
     grips = np.stack([d.actions[:, 2] for d in batch])
     assert (grips[held] == -1).any(axis=1).all()  # each with an instruction about another item
     assert 0.15 < (grips > 0).mean() < 0.6
+    spread = np.array([d.scene.gripper for d in batch])
+    assert np.ptp(spread, axis=0).min() > 40
 
 
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
