@@ -208,7 +208,7 @@ class _AttentionRows(torch.autograd.Function):
         return forward(*arguments)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return *gradients(upstream, *ctx.saved_tensors, *ctx.settings), *[None] * 6
 
 
