@@ -27,7 +27,7 @@ from mmtoken.engine.eviction import query_module
 from mmtoken.engine.learned import check_parts
 from mmtoken.engine.prefill import Prefill
 from mmtoken.engine.prompt import Prompt, listen
-from mmtoken.engine.recorder import Recorder
+from mmtoken.engine.recorder import EpisodeState, Recorder
 from mmtoken.engine.report import Report, SiteReport
 from mmtoken.engine.reuse import VideoState
 from mmtoken.engine.selective import ReuseHooks
@@ -124,6 +124,11 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
     if "refresh" in method.sites:
         _check_reuse(backbone, method)
+    if "vision_layer" in method.sites and not backbone.plain_tower:
+        raise UnsupportedError(
+            f"{name} drops patches between blocks of a tower, and {backbone.name} joins what two towers make of "
+            "the same patches; use a method that acts after the towers."
+        )
     if decoder is None:
         if method.sites & {"llm_layer", "frames", "cache"}:
             raise UnsupportedError(f"{name} acts inside or before a whole model, and this is a {backbone.name}.")
@@ -282,6 +287,28 @@ class Session(AbstractContextManager["Session"]):
             yield
         finally:
             self.thread.videos = before
+
+    @contextmanager
+    def resuming(self, episode: EpisodeState) -> Iterator[None]:
+        """Go on with an episode that earlier calls began, maybe under another session: one control step in this block.
+
+        Without it the calls of a thread are one episode until `reset`. Methods that remember no earlier calls do not
+        look at it. Holds for this thread only, and leaves the thread's own episode as it is.
+
+        Args:
+            episode: where it stands; moves on when the block has ended well. A new `EpisodeState()` is the beginning of
+                an episode.
+        """
+        before, recording = self.thread.recorder, None if self.hooks is None else self.hooks.listening.recording
+        recorder = None if recording is None else Recorder(recording, episode.calls)
+        self.thread.recorder = recorder
+        try:
+            yield
+            if recorder is not None:
+                recorder.finish()
+                episode.calls = recorder.calls
+        finally:
+            self.thread.recorder = before
 
     def detach(self) -> None:
         """Take away every hook and attribute; safe to repeat."""

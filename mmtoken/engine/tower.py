@@ -274,6 +274,12 @@ class DenseRun(TowerRun):
     def representatives(self) -> Tensor:
         return self.left.float()[..., None]
 
+    def _part(self, call: BlockCall, place: int) -> Tensor:
+        """float[tiles, S, H * d]: queries (0), keys (1) or values (2) of a block."""
+        tower = self.tower
+        states = self.projection(call, (tower.queries, tower.keys, tower.values)[place])
+        return states.chunk(3, -1)[place] if tower.queries == tower.keys else states
+
     def keys_of(self, tokens: VisualTokens, *, joint: bool) -> Tensor:
         keys = self._keys(self.now, joint=joint)[:, self.tower.prefix :]
         places = self._places(tokens)
@@ -282,8 +288,8 @@ class DenseRun(TowerRun):
     def states_of(self, tokens: VisualTokens) -> TowerStates:
         tower, places = self.tower, self._places(tokens)
         parts = {}
-        for name, module in (("query", tower.queries), ("key", tower.keys), ("value", tower.values)):
-            states = self.projection(self.now, module).unflatten(-1, (tower.heads, -1)).transpose(1, 2)
+        for place, name in enumerate(("query", "key", "value")):
+            states = self._part(self.now, place).unflatten(-1, (tower.heads, -1)).transpose(1, 2)
             body = states[:, :, tower.prefix :]
             index = places[:, None, :, None].expand(-1, tower.heads, -1, body.shape[-1])
             per_token = (tokens.source.shape[1], self.members.shape[1])
@@ -294,10 +300,7 @@ class DenseRun(TowerRun):
     def attention(self, block: int | None, *, joint: bool) -> Tensor:
         call = self.call(block)
         heads, prefix = 1 if joint else self.tower.heads, self.tower.prefix
-        query, key = (
-            self.projection(call, name).float().unflatten(-1, (heads, -1)).transpose(1, 2)
-            for name in (self.tower.queries, self.tower.keys)
-        )
+        query, key = (self._part(call, place).float().unflatten(-1, (heads, -1)).transpose(1, 2) for place in (0, 1))
         seen = self._seen(call)
         # Without CLS all patches ask, but not padding.
         received = _received(query[:, :, :1], key, seen=seen) if prefix else _received(query, key, seen, seen)
@@ -315,7 +318,7 @@ class DenseRun(TowerRun):
         return row > torch.finfo(row.dtype).min / 2
 
     def _keys(self, call: BlockCall, *, joint: bool) -> Tensor:
-        keys = self.projection(call, self.tower.keys)
+        keys = self._part(call, 1)
         return keys if joint else _head_mean(keys, self.tower.heads)
 
     def mean_keys(self, block: int | None, *, joint: bool) -> Tensor:
