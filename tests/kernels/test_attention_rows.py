@@ -148,6 +148,16 @@ def test_a_mean_over_no_query_is_zero(impl: Any) -> None:
     assert attention_rows(query, key, index=none, impl=impl).shape == (2, 2, 0, 5)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_queries_that_do_not_count_and_hidden_keys_may_be_nan(impl: Any) -> None:
+    query, key = torch.randn(1, 2, 4, 3), torch.randn(1, 1, 5, 3)
+    valid, mask = torch.tensor([[True, False, True, False]]), torch.tensor([[[True, True, False, True, True]]])
+    wanted = attention_rows(query[:, :, ::2], key, mask=mask, mean="queries", impl="torch")
+    query[:, :, 1::2], key[:, :, 2] = torch.nan, torch.nan
+    found = attention_rows(query, key, mask=mask, valid=valid, mean="queries", impl=impl)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
 class Largest(TorchDispatchMode):
     """Notes the largest tensor that any operation makes."""
 

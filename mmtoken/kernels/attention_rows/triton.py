@@ -158,7 +158,9 @@ def _columns(
         )  # fmt: skip
         most, weight = _combined(maxima, sums, pair * shared * count + rows, in_rows, SPLITS)
         part = tl.load(counts + pair // groups * count + rows % count, mask=in_rows, other=0.0)
-        total += tl.sum(tl.exp(scores - most[:, None]) * (part / weight)[:, None], 0)
+        share = tl.exp(scores - most[:, None]) * (part / weight)[:, None]
+        # A query that does not count may be padding, and zero times NaN is NaN.
+        total += tl.sum(tl.where(part[:, None] > 0, share, 0.0), 0)
     tl.store(out + pair * length + keys, total, mask=keys < length)
 
 
