@@ -110,7 +110,7 @@ def inverse_norm(features: Tensor) -> Tensor:
 def similarity_stats(
     features: Tensor, other: Tensor | None, rows: Tensor | None, columns: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(max, index, count); see `mmtoken.kernels.similarity_stats.similarity_stats`."""
+    """(max, argmax, above); see `mmtoken.kernels.similarity_stats.similarity_stats`."""
     x, y = (_readable(part) for part in (features, features if other is None else other))
     batch, n, d = x.shape
     m = y.shape[1]
