@@ -94,8 +94,9 @@ class Backbone(ABC):
     """Whether these are vision-language models, and not one half of one."""
     tokenwise_projector: ClassVar[bool] = False
     """Whether the projector maps patch by patch and nothing re-samples its output."""
-    cuts_tower: ClassVar[bool] = True
-    """Whether patches may leave between tower blocks. Not where several towers must agree on their patches."""
+    plain_tower: ClassVar[bool] = True
+    """Whether the projector reads the tower's states alone. Where it reads several towers side by side, no patch may
+    leave between their blocks, and the CLS of one of them means nothing to the projector."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

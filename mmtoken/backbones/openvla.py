@@ -20,7 +20,7 @@ class OpenVLA(Backbone):
     name: ClassVar[str] = "OpenVLA"
     model_types: ClassVar[tuple[str, ...]] = ("openvla",)
     tokenwise_projector: ClassVar[bool] = True
-    cuts_tower: ClassVar[bool] = False
+    plain_tower: ClassVar[bool] = False
 
     @property
     def root(self) -> Any:

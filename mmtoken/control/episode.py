@@ -16,7 +16,7 @@ from mmtoken.compressors.trained import Trained
 from mmtoken.control.policy import Image, Policy
 from mmtoken.engine.recorder import EpisodeState
 from mmtoken.engine.report import Report
-from mmtoken.engine.session import check, compress
+from mmtoken.engine.session import attached, check, compress
 from mmtoken.errors import InputError, MMTokenError
 
 
@@ -49,8 +49,10 @@ class Episode(AbstractContextManager["Episode"]):
         """
         self.policy = policy
         self.compressor = None if compressor is None else resolve(compressor)
-        if self.compressor is not None:
-            check(policy.model, self.compressor)
+        with policy.lock:
+            model = policy.model
+            if self.compressor is not None:
+                check(model, self.compressor)
         self.steps = 0
         self._state: EpisodeState | None = EpisodeState()
         self._shape: tuple[int, ...] | None = None
@@ -79,6 +81,10 @@ class Episode(AbstractContextManager["Episode"]):
         images: list[Any] = [image] if single else list(image)
         instructions = [instruction] if isinstance(instruction, str) else list(instruction)
         with self.policy.lock:
+            if attached(self.policy.model) is not None:
+                raise MMTokenError(
+                    "the policy's model already has a compressor attached; detach it: an episode does so."
+                )
             self.policy.check(images, instructions)
             self._check_fits(images)
             if self.compressor is None:

@@ -13,6 +13,7 @@ Everything here is a value or a function of values; chance comes from a generato
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -265,8 +266,9 @@ def render(scene: Scene, camera: tuple[int, int] = (0, 0)) -> Frame:
 
 
 def _paste(picture: Image.Image, sprite: Image.Image, at: Point, camera: tuple[int, int]) -> None:
-    x = round(at[0] + camera[0] - sprite.width / 2)
-    y = round(at[1] + camera[1] - sprite.height / 2)
+    # Not round(), which goes to even numbers: a camera that shifts by one pixel has to shift everything by one.
+    x = math.floor(at[0] + camera[0] - sprite.width / 2 + 0.5)
+    y = math.floor(at[1] + camera[1] - sprite.height / 2 + 0.5)
     picture.paste(sprite, (x, y), sprite)
 
 

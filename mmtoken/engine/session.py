@@ -124,10 +124,10 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
     if "refresh" in method.sites:
         _check_reuse(backbone, method)
-    if "vision_layer" in method.sites and not backbone.cuts_tower:
+    if "vision_layer" in method.sites and not backbone.plain_tower:
         raise UnsupportedError(
-            f"{name} drops patches between blocks of a tower, and {backbone.name} joins the patches of two towers, which "
-            "must stay the same ones; use a method that acts after the towers."
+            f"{name} drops patches between blocks of a tower, and {backbone.name} joins what two towers make of "
+            "the same patches; use a method that acts after the towers."
         )
     if decoder is None:
         if method.sites & {"llm_layer", "frames", "cache"}:

@@ -267,7 +267,7 @@ class VisionHooks:
             return
         hidden = output if isinstance(output, Tensor) else output[0]
         self._thread.features = hidden
-        if self.tower.prefix:
+        if self.tower.prefix and self.session.backbone.plain_tower:
             run.cls = hidden[:, 0]
 
     def _pooling_pre(

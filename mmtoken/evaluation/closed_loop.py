@@ -34,6 +34,7 @@ from mmtoken.control.policy import Policy
 from mmtoken.datasets.pick_place import PickPlace
 from mmtoken.engine.report import Report
 from mmtoken.errors import InputError
+from mmtoken.evaluation.closed_loop_figures import OVERLAP, TIME, write
 from mmtoken.evaluation.timing import Stopwatch, Summary, environment, interleave, one_thread
 from mmtoken.hub import load
 from mmtoken.wholefile import whole_file
@@ -54,9 +55,6 @@ KEEPS = (0.5, 0.25, 0.125)
 LAYER = 1
 """First decoder layer that sees kept tokens only, for methods that cut inside the decoder: their papers' 2 and 3 of 32
 would be 0 of 4, where nothing has been computed yet that could be read."""
-
-OVERLAP, TIME = "overlap", "time"
-"""What is measured beside the cells."""
 
 
 @dataclass(frozen=True)
@@ -329,7 +327,9 @@ def joined(folder: Path) -> dict[str, Any]:
     whole: dict[str, Any] = contents[0]
     for content in contents[1:]:
         if any(content[key] != whole[key] for key in ("schema_version", "weights", "seeds", "cells")):
-            raise InputError(f"out={str(folder)!r}: control-runs files are about different policies, episodes or cells.")
+            raise InputError(
+                f"out={str(folder)!r}: control-runs files are about different policies, episodes or cells."
+            )
         for policy, runs in content["runs"].items():
             whole["runs"].setdefault(policy, {}).update(runs)
     return whole
@@ -351,8 +351,6 @@ def complete(content: Mapping[str, Any]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from mmtoken.evaluation.closed_loop_figures import write
-
     parser = argparse.ArgumentParser(prog="python -m mmtoken.evaluation.closed_loop", description=__doc__)
     parser.add_argument("--out", required=True, help="folder of the results")
     parser.add_argument("--models", default=",".join(POLICIES), help="zoo entries or folders, with commas")
@@ -380,8 +378,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "weights": {name: _fingerprint(policy.model) for name, policy in policies.items()},
         "environment": environment(torch.device("cpu")),
         "visual_tokens": first.processor.num_image_tokens,
-        "token_count": "visual tokens per step that a decoder layer processed, averaged over layers and over all steps, "
-        "those before a method prunes included",
+        "token_count": "visual tokens that a decoder layer processed in a step, averaged over layers and steps, those "
+        "before a method prunes included",
         "seeds": seeds,
         "cells": {cell.name: cell.to_dict() for cell in plans},
     }
@@ -401,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found["cpu_seconds"] = round(time.process_time() - started, 1)
         results.put(policy, name, found)
         rate = f"{np.mean(found['success']):.3f} of {options.episodes} in " if "success" in found else ""
-        print(f"{number}/{len(mine)} {policy} {name}: {rate}{found['cpu_seconds']} s", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{number}/{len(mine)} {policy} {name}: {rate}{found['cpu_seconds']} s\n")
     content = joined(out)
     if complete(content):
         write(content, out)

@@ -33,7 +33,8 @@ class Case:
     Attributes:
         name: what is special about it, "padded".
         make: called with a CPU generator and the keywords n (tokens), dtype (of floating inputs), batch (0 too) and
-            those of `size`; gives CPU tensors. The benchmark moves them. Inputs of which the result is an index must have no near-ties.
+            those of `size`; gives CPU tensors. The benchmark moves them. Inputs of which the result is an index must
+            have no near-ties.
         size: further sizes of `make` in the tests, small: kernels are interpreted. {"heads": 4, "width": 16}
         differentiable: names of the inputs that gradients are compared for.
         real: further sizes in the benchmark, from real models, by a name: {"Qwen2-7B": {"heads": 28, ...}}; empty: not

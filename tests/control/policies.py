@@ -7,17 +7,28 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from mmtoken import Policy
-from mmtoken.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction, PrismaticImageProcessor, PrismaticProcessor
-from tests.backbones.openvla_checkpoint import ARGS, IMAGE_SIZE, MEANS, NORM_STATS, PAD, PATCH, STDS, TOWERS, VOCAB
-from tests.backbones.processors import llama_tokenizer
+from mmtoken.models.openvla import (
+    OpenVLAConfig,
+    OpenVLAForActionPrediction,
+    PrismaticImageProcessor,
+    PrismaticProcessor,
+)
 
 ACTION = 3
 """Numbers of an action."""
-SPACE = 5
-"""The token that prompts must end with; any will do."""
+WORDS = ["<unk>", "<s>", "_", "pick", "up", "put", "down", "cup", "it", "to", "the"]
+SPACE = WORDS.index("_")
+"""The token that prompts must end with."""
+VOCAB = len(WORDS) + 256
+SIDE = 56
+NORM_STATS: dict[str, Any] = {
+    "toy_arm": {"action": {"q01": [-0.5, -2.0, 0.0], "q99": [0.5, 4.0, 1.0], "mask": [True, True, False]}},
+    "other_arm": {"action": {"q01": [0.0, 0.0, 0.0, 0.0], "q99": [1.0, 1.0, 1.0, 2.0]}},
+}
 
 
 def model(seed: int = 0, **config: Any) -> OpenVLAForActionPrediction:
@@ -26,11 +37,16 @@ def model(seed: int = 0, **config: Any) -> OpenVLAForActionPrediction:
         hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, vocab_size=VOCAB + 64,
         pad_token_id=VOCAB, eos_token_id=None,
     )  # fmt: skip
-    args = [{**arg, "img_size": IMAGE_SIZE, "patch_size": PATCH} for arg in ARGS]
+    sizes = {"mlp_ratio": 2.0}
     made = OpenVLAConfig(
         **{
-            "timm_model_ids": TOWERS, "timm_model_args": args, "image_sizes": [IMAGE_SIZE] * 2, "text_config": text,
-            "pad_token_id": VOCAB, "space_token_id": SPACE, "norm_stats": NORM_STATS,
+            "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
+            "timm_model_args": [
+                {"embed_dim": 32, "depth": 4, "num_heads": 4, **sizes},
+                {"embed_dim": 24, "depth": 3, "num_heads": 2, **sizes},
+            ],
+            "image_sizes": [SIDE] * 2, "text_config": text, "pad_token_id": VOCAB, "space_token_id": SPACE,
+            "norm_stats": NORM_STATS,
         }
         | config
     )  # fmt: skip
@@ -46,13 +62,20 @@ def model(seed: int = 0, **config: Any) -> OpenVLAForActionPrediction:
     return network
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    ids = {word: number for number, word in enumerate(WORDS)}
+    made = Tokenizer(models.WordLevel({**ids, "<PAD>": VOCAB}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", pad_token="<PAD>")
+
+
 def processor(network: OpenVLAForActionPrediction) -> PrismaticProcessor:
     return PrismaticProcessor(
         PrismaticImageProcessor(
             use_fused_vision_backbone=True, image_resize_strategy="resize-naive",
-            input_sizes=[(3, IMAGE_SIZE, IMAGE_SIZE)] * 2, means=MEANS, stds=STDS,
+            input_sizes=[(3, SIDE, SIDE)] * 2,
         ),
-        llama_tokenizer([PAD]),
+        tokenizer(),
         num_image_tokens=network.vision_backbone.patches,
         image_token_id=VOCAB + 1,
         space_token_id=SPACE,

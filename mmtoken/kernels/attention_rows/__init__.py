@@ -62,9 +62,9 @@ def attention_rows(
     arguments = (query, key, index, mask, valid, scale, causal_offset, mean)
     if choose("attention_rows", query, key, index, mask, valid, impl=impl) == "torch":
         return reference.attention_rows(*arguments)
-    from mmtoken.kernels.attention_rows import triton
+    from mmtoken.kernels.attention_rows import triton as kernels
 
-    return triton.attention_rows(*arguments)
+    return kernels.attention_rows(*arguments)
 
 
 def _fit(query: Tensor, key: Tensor, index: Tensor | None, mask: Tensor | None, valid: Tensor | None) -> None:

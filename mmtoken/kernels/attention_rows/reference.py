@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ROWS = {"cpu": 256}
-"""Rows of N scores (over batch, heads and queries) formed at a time: few enough for the processor's caches."""
+ROWS = {"cpu": 512}
+"""Rows of N scores (over batch, heads and queries) formed at a time: few enough for caches, measured."""
 ROWS_OF_DEVICE = 8192
 """The same on a device, where launches cost more than memory."""
 
@@ -107,21 +107,24 @@ def _tiles(
                 yield Tile(b, g, r, ask, keys, scores.softmax(-1), alive)
 
 
-def _counts(tile: Tile, index: Tensor | None, valid: Tensor | None, query: Tensor, mean: str) -> Tensor:
-    """What the rows of a tile count in a mean: float32, broadcasts with [b, g, H / G, r, N]."""
+def counts(query: Tensor, index: Tensor | None, valid: Tensor | None) -> Tensor:
+    """float32[B or 1, R or 1]: what a row counts in the mean over heads and queries."""
     heads, queries = query.shape[1:3]
-    if mean == "none":
-        count = query.new_ones(1, 1, dtype=torch.float32)
-    elif mean == "heads":
-        count = query.new_full((1, 1), 1 / heads, dtype=torch.float32)
-    elif valid is None:
-        count = query.new_full(
-            (1, 1), 1 / (heads * (queries if index is None else index.shape[1])), dtype=torch.float32
-        )
+    if valid is None:
+        number = queries if index is None else index.shape[1]
+        return query.new_full((1, 1), 1 / max(1, heads * number), dtype=torch.float32)
+    return valid.float() / (valid.sum(-1, keepdim=True).clamp(min=1) * heads)
+
+
+def _share(tile: Tile, index: Tensor | None, valid: Tensor | None, query: Tensor, mean: str) -> Tensor:
+    """What the rows of a tile count in the output: float32, broadcasts with [b, g, H / G, r, N]."""
+    if mean == "queries":
+        share = counts(query, index, valid)
+        share = share if valid is None else share[tile.batch, tile.rows]
     else:
-        count = (valid.float() / (valid.sum(-1, keepdim=True).clamp(min=1) * heads))[tile.batch, tile.rows]
-    count = count[:, None, None, :, None]
-    return count if tile.alive is None else count * tile.alive[:, None, None]
+        share = query.new_full((1, 1), 1 / query.shape[1] if mean == "heads" else 1.0, dtype=torch.float32)
+    share = share[:, None, None, :, None]
+    return share if tile.alive is None else share * tile.alive[:, None, None]
 
 
 def forward(
@@ -144,7 +147,7 @@ def forward(
     }
     total = query.new_zeros(shape[mean], dtype=torch.float32)
     for tile in _tiles(query, key, index, mask, scale, offset):
-        share = _counts(tile, index, valid, query, mean)
+        share = _share(tile, index, valid, query, mean)
         some = tile.weight.unflatten(2, (shared, -1))
         if mean == "none":
             torch.mul(some, share, out=total[tile.batch, tile.groups, :, tile.rows])
@@ -182,7 +185,7 @@ def gradients(
         else:
             above = upstream[tile.batch, None, None, None]
         some = tile.weight.unflatten(2, (shared, -1))
-        above = above * _counts(tile, index, valid, query, mean)
+        above = above * _share(tile, index, valid, query, mean)
         of_scores = (some * (above - (some * above).sum(-1, keepdim=True))).flatten(2, 3)
         of_key[tile.batch, tile.groups] += of_scores.transpose(-1, -2) @ tile.query
         of_asked = (of_scores @ tile.key * scale).unflatten(2, (shared, -1))

@@ -4,5 +4,7 @@ from mmtoken.models.openvla.actions import ActionCodec as ActionCodec
 from mmtoken.models.openvla.config import OpenVLAConfig as OpenVLAConfig
 from mmtoken.models.openvla.network import OpenVLAForActionPrediction as OpenVLAForActionPrediction
 from mmtoken.models.openvla.processor import PrismaticImageProcessor as PrismaticImageProcessor
-from mmtoken.models.openvla.processor import PrismaticProcessor as OpenVLAProcessor
 from mmtoken.models.openvla.processor import PrismaticProcessor as PrismaticProcessor
+
+OpenVLAProcessor = PrismaticProcessor
+"""The same class; upstream's name is the one that checkpoints give."""

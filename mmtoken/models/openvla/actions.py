@@ -75,8 +75,9 @@ class ActionCodec:
         if bool(outside.any()):
             where = outside.nonzero()[0].tolist()
             raise ActionError(
-                f"token {int(tokens[tuple(where)])} at {where} is no action: the bins are tokens {self.tokens.start} to "
-                f"{self.tokens.stop - 1}. The model did not answer with an action; check the prompt and the checkpoint."
+                f"token {int(tokens[tuple(where)])} at {where} is no action: the bins are the tokens "
+                f"{self.tokens.start} to {self.tokens.stop - 1}. The model "
+                "did not answer with an action; check the prompt and the checkpoint."
             )
 
     def unnormalise(self, normalised: Tensor, unnorm_key: str | None = None) -> Tensor:

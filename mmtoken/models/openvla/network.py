@@ -1,8 +1,8 @@
 """The network: timm towers, an MLP projector and a Llama that answers with action tokens.
 
-Kim et al., OpenVLA: An Open-Source Vision-Language-Action Model, arXiv 2406.09246. Parameters have the names of official
-checkpoints. Importing this package makes `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` know it, so no
-code from a checkpoint runs.
+Kim et al., OpenVLA: An Open-Source Vision-Language-Action Model, arXiv 2406.09246. Parameters have the names of
+official checkpoints. Importing this package makes `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` know
+it, so no code from a checkpoint runs.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
     `attention_mask` and `labels` grow with them, and so do the returned logits and sequences.
     """
 
+    config: OpenVLAConfig
     config_class = OpenVLAConfig
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012  # transformers declares it so
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -69,6 +70,11 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
     def codec(self) -> ActionCodec:
         """Actions to tokens and back."""
         return ActionCodec.of(self.config)
+
+    @property
+    def _placeholder(self) -> int:
+        assert self.config.image_token_id is not None
+        return self.config.image_token_id
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -98,7 +104,7 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
             InputError: `pixel_values` has another shape.
         """
         patches = self.vision_backbone(pixel_values.to(self.projector.fc1.weight.dtype))
-        output = BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(self.projector(patches)))
+        output = BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=[*self.projector(patches)])  # type: ignore[arg-type]
         return output if return_dict else output.to_tuple()
 
     def forward(
@@ -166,11 +172,7 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
 
     def _bare(self, input_ids: Tensor | None, pixel_values: Tensor | None) -> bool:
         """Whether images come with ids that have no place for them."""
-        return (
-            input_ids is not None
-            and pixel_values is not None
-            and not bool((input_ids == self.config.image_token_id).any())
-        )
+        return input_ids is not None and pixel_values is not None and not bool(input_ids.eq(self._placeholder).any())
 
     def with_placeholders(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
@@ -188,19 +190,20 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         count = self.vision_backbone.patches
         after = mask.long().argmax(-1) + 1
-        ids = insert(input_ids, after, count, int(self.config.image_token_id))
+        ids = insert(input_ids, after, count, self._placeholder)
         wanted = None if labels is None else insert(labels, after, count, IGNORED)
         return ids, insert(mask, after, count, 1), wanted
 
     def _splice(self, input_ids: Tensor | None, embeds: Tensor, encoded: Any) -> Tensor:
         """`embeds` float[B, L, D] with visual tokens at their placeholders."""
         features = torch.cat(list(encoded.pooler_output)).to(embeds)
-        token = int(self.config.image_token_id)
+        token = self._placeholder
+        places: Tensor
         if input_ids is None:
             placeholder = self.get_input_embeddings()(torch.tensor(token, device=embeds.device))
             places = (embeds == placeholder).all(-1)
         else:
-            places = input_ids == token
+            places = input_ids.eq(token)
         if int(places.sum()) != len(features):
             raise InputError(
                 f"input_ids has {int(places.sum())} visual placeholders (token {token}) but the images give "
@@ -214,7 +217,7 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         if self._bare(ids, kwargs.get("pixel_values")):
             expanded, mask, _ = self.with_placeholders(ids, kwargs.get("attention_mask"))
             return self.generate(expanded, *args, **{**kwargs, "attention_mask": mask})
-        return super().generate(ids, *args, **kwargs)  # type: ignore[misc]
+        return super().generate(ids, *args, **kwargs)
 
     @torch.no_grad()
     def predict_tokens(self, *, unnorm_key: str | None = None, **inputs: Any) -> Tensor:

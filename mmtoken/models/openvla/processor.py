@@ -35,7 +35,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
         tvf_resize_params, tvf_crop_params, tvf_normalize_params: per tower, arguments of torchvision's `resize`,
             `center_crop` and `normalize`; made from the settings above where they are missing.
         tvf_do_letterbox, tvf_letterbox_fill: whether to pad to a square, and with which colour (0 to 255).
-        center_crop: of ours, share of the picture's area that is left before anything else, cut from the middle and
+        crop_share: of ours, share of the picture's area that is left before anything else, cut from the middle and
             scaled back; .9 as in the LIBERO evaluation. None: the whole picture.
 
     Raises:
@@ -57,17 +57,17 @@ class PrismaticImageProcessor(BaseImageProcessor):
         tvf_normalize_params: Sequence[dict[str, Any]] | None = None,
         tvf_do_letterbox: bool | None = None,
         tvf_letterbox_fill: Sequence[int] | None = None,
-        center_crop: float | None = None,
+        crop_share: float | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("auto_map", None)  # names upstream's code, which is not needed
-        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
+        super().__init__(**kwargs)
         if image_resize_strategy not in STRATEGIES:
             raise InputError(
                 f"image_resize_strategy={image_resize_strategy!r} is unknown; use one of {', '.join(STRATEGIES)}."
             )
-        if center_crop is not None and not 0 < center_crop <= 1:
-            raise InputError(f"center_crop={center_crop!r} is no share of the area; give a number in (0, 1] or None.")
+        if crop_share is not None and not 0 < crop_share <= 1:
+            raise InputError(f"crop_share={crop_share!r} is no share of the area; give a number in (0, 1] or None.")
         self.use_fused_vision_backbone = use_fused_vision_backbone
         self.image_resize_strategy = image_resize_strategy
         self.input_sizes = [list(size) for size in input_sizes or [(3, 224, 224)]]
@@ -98,7 +98,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
         if letterbox and tvf_letterbox_fill is None:
             tvf_letterbox_fill = [int(value * 255) for value in self.means[0]]
         self.tvf_letterbox_fill = None if tvf_letterbox_fill is None else list(tvf_letterbox_fill)
-        self.center_crop = center_crop
+        self.crop_share = crop_share
         per_tower = {
             name: len(getattr(self, name))
             for name in ("input_sizes", "tvf_resize_params", "tvf_crop_params", "tvf_normalize_params")
@@ -122,17 +122,18 @@ class PrismaticImageProcessor(BaseImageProcessor):
         """
         if return_tensors not in ("pt", None):
             raise InputError(f"return_tensors={return_tensors!r} is not supported; use 'pt'.")
-        given = [images] if isinstance(images, Image.Image | np.ndarray) and np.ndim(images) != 4 else list(images)
+        single = isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim != 4)
+        given: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
         if not given:
             raise InputError("images is empty; give one picture per prompt.")
         pixels = torch.stack([self._one(as_picture(image, number)) for number, image in enumerate(given)])
         return BatchFeature({"pixel_values": pixels})
 
     def _one(self, image: Image.Image) -> Tensor:
-        from torchvision.transforms import functional as tvf  # takes a second to import
+        from torchvision.transforms import functional as tvf  # type: ignore[import-untyped]  # takes a second
 
-        if self.center_crop is not None:
-            image = crop_area(image, self.center_crop)
+        if self.crop_share is not None:
+            image = crop_area(image, self.crop_share)
         if self.tvf_do_letterbox:
             wide, high = image.size
             side = max(wide, high)

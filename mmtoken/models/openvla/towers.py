@@ -118,8 +118,8 @@ class PrismaticVisionBackbone(nn.Module):
         wanted = (3 * self.towers, self.side, self.side)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != wanted:
             raise InputError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; expected float[images, {', '.join(map(str, wanted))}]"
-                f": {self.towers} x 3 channels of {self.side} x {self.side} pixels, as the processor makes them."
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, *{wanted}): three channels for "
+                f"each of {self.towers} towers, as the processor makes them."
             )
         parts = pixel_values.split(3, 1)
         features = [_second_to_last(self.featurizer, parts[0])]
