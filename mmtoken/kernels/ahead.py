@@ -123,11 +123,11 @@ class Absent(DriverBase):  # type: ignore[misc]
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 2**31}  # `faults` judges it
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, str, int, int, int]:
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[str, str, int, int, int]:
         entry = self.compiled[-1]
         entry.registers, entry.stack_bytes = resources(binary)
         entry.shared_bytes = shared
-        return None, name, entry.registers, entry.stack_bytes, 1024
+        return name, name, entry.registers, entry.stack_bytes, 1024
 
     def unload_module(self, module: object) -> None:
         pass
