@@ -378,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "weights": {name: _fingerprint(policy.model) for name, policy in policies.items()},
         "environment": environment(torch.device("cpu")),
         "visual_tokens": first.processor.num_image_tokens,
-        "token_count": "visual tokens that a decoder layer processed in a step, averaged over layers and all steps, those "
+        "token_count": "visual tokens that a decoder layer processed in a step, averaged over layers and steps, those "
         "before a method prunes included",
         "seeds": seeds,
         "cells": {cell.name: cell.to_dict() for cell in plans},

@@ -160,13 +160,13 @@ def report(content: Mapping[str, Any]) -> str:
             f"{rows[0]['episodes']} paired episodes of `PickPlace` per row: {len(names)} policies that differ in their "
             f"training seed, each with {len(content['seeds'][names[0]])} scenes of its own, the same ones in all rows "
             f"(dense: {', '.join(f'{name} {rate:.2f}' for name, rate in dense.items())}). Success with its Wilson "
-            "interval; the difference to dense with the interval of paired shares (Bonett and Price). Layer-average tokens: "
+            "interval; the difference to dense with that of paired shares (Bonett and Price). Layer-average tokens: "
             f"{content['token_count']}. Milliseconds of a step of one episode, interleaved medians (quartiles), on "
             f"{where['device']} ({where['clock']}), {versions}.",
             "![success](control.png)",
             success_table(rows).markdown(),
             "Sets of best tokens that agree in dense episodes, per cent, with the range over policies: by attention of "
-            "the prompt in the layer before the cut and by attention of the action tokens in the later layers, in the same "
+            "the prompt in the layer before the cut and by attention of the action tokens in the later layers, in one "
             "step; and by action tokens of two steps in a row.",
             overlap_table(content["overlap"]).markdown(),
             f"Made by `python -m mmtoken.evaluation.closed_loop --out compressors/vlapruner` in {minutes:.0f} "

@@ -128,7 +128,7 @@ def _deepen(model: OpenVLAForActionPrediction, layers: int) -> None:
         for name, parameter in first.named_parameters():
             owner, _, last = name.rpartition(".")
             setattr(layer.get_submodule(owner), last, parameter)
-        decoder.layers.append(layer.eval())
+        decoder.layers.append(layer.train(False))
     decoder.config.num_hidden_layers = layers
 
 
