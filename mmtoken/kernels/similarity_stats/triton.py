@@ -97,8 +97,8 @@ def blocks(dtype: torch.dtype) -> dict[str, int]:
     if triton.knobs.runtime.interpret:  # which takes as long for a small block as for a large one
         return {"BLOCK_N": 256, "BLOCK_M": 128, "BLOCK_D": 32}
     if dtype == torch.float32:
-        return {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
 
 
 def inverse_norm(features: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def inverse_norm(features: Tensor) -> Tensor:
 def similarity_stats(
     features: Tensor, other: Tensor | None, rows: Tensor | None, columns: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(max, index, count); see `mmtoken.kernels.similarity_stats.similarity_stats`."""
+    """(max, argmax, above); see `mmtoken.kernels.similarity_stats.similarity_stats`."""
     x, y = (_readable(part) for part in (features, features if other is None else other))
     batch, n, d = x.shape
     m = y.shape[1]
