@@ -1,9 +1,8 @@
 """A table from above, with a gripper: what can be moved, how it looks, and what an expert would do.
 
 The table is 64 x 64 pixels. Three items (a colour and a shape, 9 px) lie between two bases (a colour and a shape,
-15 px); an instruction names an item and a base: "put the red ring on the blue plate". One of the other items has the
-colour of the named one, another its shape, and the second base shares colour or shape with the named one, so no single
-word of the instruction is enough.
+15 px); an instruction names an item and a base: "put the red ring on the blue plate". All five colours differ, shapes
+may repeat, so one word of a name decides: no conjunction of colour and shape has to be understood.
 
 An action is (dx, dy, grip) in [-1, 1]: the gripper moves by up to `STEP` px along each axis, then closes (grip > 0) or
 opens. A gripper that was open and closes takes the nearest item within `REACH`; it carries it until it opens.
@@ -32,10 +31,18 @@ NEAR = 2.5
 """The expert takes and lets go from no further than this along either axis, px."""
 ACTIONS = ("dx", "dy", "grip")
 
-COLORS = {"red": (225, 45, 45), "green": (45, 185, 65), "blue": (55, 90, 240), "yellow": (240, 215, 50)}
+COLORS = {
+    "red": (225, 45, 45),
+    "green": (45, 185, 65),
+    "blue": (55, 90, 240),
+    "yellow": (240, 215, 50),
+    "magenta": (225, 60, 225),
+    "cyan": (60, 215, 225),
+}
 ITEM_SHAPES = ("block", "cross", "ring")
 BASE_SHAPES = ("plate", "tray")
 ITEM_SIZE, BASE_SIZE = 9, 15
+ITEMS, BASES = 3, 2
 SPREAD = 3
 """The drift of the camera reaches so far, px; the jitter adds a pixel."""
 
@@ -105,15 +112,17 @@ class Order:
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """A scene with an open gripper somewhere. Any two items, and the bases, differ in colour or shape."""
-    item_names = _names(rng, ITEM_SHAPES, 3)
-    base_names = _names(rng, BASE_SHAPES, 2)
-    sizes = [BASE_SIZE] * len(base_names) + [ITEM_SIZE] * len(item_names)
-    spots = _spots(rng, sizes)
-    things = [Thing(*name, at) for name, at in zip(base_names + item_names, spots, strict=True)]
+    """A scene with an open gripper somewhere. All things have colours of their own."""
+    names = [
+        (color, shapes[int(rng.integers(len(shapes)))])
+        for color, shapes in zip(
+            rng.permutation(list(COLORS)).tolist(), [BASE_SHAPES] * BASES + [ITEM_SHAPES] * ITEMS, strict=False
+        )
+    ]
+    spots = _spots(rng, [BASE_SIZE] * BASES + [ITEM_SIZE] * ITEMS)
+    things = [Thing(*name, at) for name, at in zip(names, spots, strict=True)]
     gripper = (float(rng.uniform(*_GRIPPER_RANGE)), float(rng.uniform(*_GRIPPER_RANGE)))
-    bases, items = things[: len(base_names)], things[len(base_names) :]
-    return Scene(tuple(items), tuple(bases), gripper, shade=int(rng.integers(60, 100)))
+    return Scene(tuple(things[BASES:]), tuple(things[:BASES]), gripper, shade=int(rng.integers(60, 100)))
 
 
 def draw_order(rng: np.random.Generator, scene: Scene) -> Order:
@@ -121,15 +130,6 @@ def draw_order(rng: np.random.Generator, scene: Scene) -> Order:
     return Order(
         int(rng.integers(len(scene.items))), int(rng.integers(len(scene.bases))), int(rng.integers(len(TEMPLATES)))
     )
-
-
-def _names(rng: np.random.Generator, shapes: Sequence[str], count: int) -> list[tuple[str, str]]:
-    """Names of which the first shares its colour, or its shape, with each other one: a corner of the grid of names."""
-    color, other_color = (list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2])
-    shape, other_shape = (shapes[i] for i in rng.permutation(len(shapes))[:2])
-    relatives = [(color, other_shape), (other_color, shape)]
-    chosen = [(color, shape), *(relatives[i] for i in rng.permutation(2)[: count - 1])]
-    return [chosen[i] for i in rng.permutation(count)]
 
 
 def _spots(rng: np.random.Generator, sizes: Sequence[int]) -> list[Point]:

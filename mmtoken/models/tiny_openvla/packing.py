@@ -58,7 +58,7 @@ class ActionBatch:
         classes: int64[5, B, 64], see `PATCH_CLASSES`.
         places: float[B, 64, 6], where in the picture the item, the base and the gripper on a patch have their centres,
             -1 to 1 from edge to edge; only where the class says that there is one.
-        readers: int64[B, Q, 3], text positions of the item's shape, of the base's and of the last prompt token.
+        readers: int64[B, Q, 3], text positions of the item's colour, of the base's and of the last prompt token.
         points: float[B, Q, 4, 2], what `Pointers` read there: centres of the item, the base, the goal and the gripper
             in the picture, in patches.
     """
@@ -105,7 +105,10 @@ def pointing(demonstrations: Sequence[Demonstration], rows: Sequence[Sequence[En
     for d, row in zip(demonstrations, rows, strict=True):
         start = 0
         for order, one in zip(d.orders, row, strict=True):
-            item, base = (next(i for i, token in enumerate(one.ids) if token in wanted) for wanted in (items, bases))
+            # The colour stands before the shape.
+            item, base = (
+                next(i for i, token in enumerate(one.ids) if token in wanted) - 1 for wanted in (items, bases)
+            )
             readers.append((start + item, start + base, start + one.prompt - 1))
             start += len(one.ids) - 1
             scene = d.scene
@@ -132,6 +135,17 @@ def soft_targets(actions: Tensor, width: float) -> Tensor:
     centres = (edges[1:] + edges[:-1]) / 2
     distance = (centres - actions.clamp(float(centres[0]), float(centres[-1]))[:, None]) * (BINS / 2)
     return torch.softmax(-0.5 * (distance / width) ** 2, dim=1)
+
+
+def nearness(points: Tensor, width: float = 0.5) -> Tensor:
+    """A Gaussian around each point as probabilities of the patches, float[..., 64].
+
+    Args:
+        points: float[..., 2], x and y in patches.
+        width: its standard deviation in patches.
+    """
+    cells = torch.cartesian_prod(*[torch.arange(_SIDE, device=points.device) + 0.5] * 2).flip(-1)
+    return torch.softmax(-(points[..., None, :] - cells).square().sum(-1) / (2 * width**2), -1)
 
 
 _CENTRES: NDArray[np.float64] = (np.arange(_SIDE, dtype=np.float64) + 0.5) * PATCH_SIZE
