@@ -25,10 +25,13 @@ SIZE = 64
 """Side of the picture and of the table, px."""
 STEP = 5.0
 """Furthest way of the gripper along one axis in a step, px."""
-REACH = 5.0
+REACH = 6.0
 """An item is taken from no further than this, and it lies on a base no further than this from its centre, px."""
-NEAR = 2.5
+NEAR = 3.0
 """The expert takes and lets go from no further than this along either axis, px."""
+GAIN = 0.6
+"""Share of the way that the expert goes in a step, where `STEP` allows it: it slows down in good time, so that being
+unsure of a pixel does not turn full speed ahead into full speed back."""
 ACTIONS = ("dx", "dy", "grip")
 
 COLORS = {
@@ -113,14 +116,12 @@ class Order:
 
 def draw_scene(rng: np.random.Generator) -> Scene:
     """A scene with an open gripper somewhere. All things have colours of their own."""
-    names = [
-        (color, shapes[int(rng.integers(len(shapes)))])
-        for color, shapes in zip(
-            rng.permutation(list(COLORS)).tolist(), [BASE_SHAPES] * BASES + [ITEM_SHAPES] * ITEMS, strict=False
-        )
-    ]
-    spots = _spots(rng, [BASE_SIZE] * BASES + [ITEM_SIZE] * ITEMS)
-    things = [Thing(*name, at) for name, at in zip(names, spots, strict=True)]
+    colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))]
+    item_names = [(colors[i], ITEM_SHAPES[rng.integers(len(ITEM_SHAPES))]) for i in range(3)]
+    base_names = [(colors[i], BASE_SHAPES[rng.integers(len(BASE_SHAPES))]) for i in (3, 4)]
+    sizes = [BASE_SIZE] * len(base_names) + [ITEM_SIZE] * len(item_names)
+    spots = _spots(rng, sizes)
+    things = [Thing(*name, at) for name, at in zip(base_names + item_names, spots, strict=True)]
     gripper = (float(rng.uniform(*_GRIPPER_RANGE)), float(rng.uniform(*_GRIPPER_RANGE)))
     return Scene(tuple(things[BASES:]), tuple(things[:BASES]), gripper, shade=int(rng.integers(60, 100)))
 
@@ -190,7 +191,7 @@ def expert(scene: Scene, order: Order) -> NDArray[np.float32]:
     """The action float32[3] of an expert: straight to where the gripper has to be, along both axes at once.
 
     It opens a gripper that is closed on nothing or on another item, goes to the named item, closes, goes to the named
-    base and opens.
+    base and opens; near its goal it slows down, see `GAIN`.
     """
     carrying = scene.held == order.item
     way = np.array(goal(scene, order)) - np.array(scene.gripper)
@@ -199,7 +200,7 @@ def expert(scene: Scene, order: Order) -> NDArray[np.float32]:
         closed = not near
     else:
         closed = near and not scene.closed
-    return np.append(np.clip(way / STEP, -1, 1), 1.0 if closed else -1.0).astype(np.float32)
+    return np.append(np.clip(GAIN * way / STEP, -1, 1), 1.0 if closed else -1.0).astype(np.float32)
 
 
 def _distance(a: Point, b: Point) -> float:

@@ -105,11 +105,8 @@ def pointing(demonstrations: Sequence[Demonstration], rows: Sequence[Sequence[En
     for d, row in zip(demonstrations, rows, strict=True):
         start = 0
         for order, one in zip(d.orders, row, strict=True):
-            # The colour stands before the shape.
-            item, base = (
-                next(i for i, token in enumerate(one.ids) if token in wanted) - 1 for wanted in (items, bases)
-            )
-            readers.append((start + item, start + base, start + one.prompt - 1))
+            item, base = (next(i for i, token in enumerate(one.ids) if token in wanted) for wanted in (items, bases))
+            readers.append((start + item - 1, start + base - 1, start + one.prompt - 1))
             start += len(one.ids) - 1
             scene = d.scene
             points.append([scene.items[order.item].at, scene.bases[order.base].at, goal(scene, order), scene.gripper])
@@ -117,6 +114,14 @@ def pointing(demonstrations: Sequence[Demonstration], rows: Sequence[Sequence[En
     shifts = torch.tensor([d.camera for d in demonstrations])[:, None, None]
     where = (torch.tensor(points).view(*shape, 4, 2) + shifts) / PATCH_SIZE
     return torch.tensor(readers).view(*shape, 3), where
+
+
+def around(points: Tensor, width: float = 0.5) -> Tensor:
+    """Weights of the patches, float[..., 64], a Gaussian around each of the points float[..., 2]; all in patches."""
+    side = SIZE // PATCH_SIZE
+    steps = torch.arange(side, device=points.device) + 0.5
+    centres = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).view(-1, 2)
+    return torch.softmax((points[..., None, :] - centres).square().sum(-1) / (-2 * width**2), -1)
 
 
 def pixels(images: NDArray[np.uint8]) -> Tensor:
