@@ -45,7 +45,6 @@ COLORS = {
 ITEM_SHAPES = ("block", "cross", "ring")
 BASE_SHAPES = ("plate", "tray")
 ITEM_SIZE, BASE_SIZE = 9, 15
-ITEMS, BASES = 3, 2
 SPREAD = 3
 """The drift of the camera reaches so far, px; the jitter adds a pixel."""
 
@@ -123,7 +122,8 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     spots = _spots(rng, sizes)
     things = [Thing(*name, at) for name, at in zip(base_names + item_names, spots, strict=True)]
     gripper = (float(rng.uniform(*_GRIPPER_RANGE)), float(rng.uniform(*_GRIPPER_RANGE)))
-    return Scene(tuple(things[BASES:]), tuple(things[:BASES]), gripper, shade=int(rng.integers(60, 100)))
+    bases, items = things[: len(base_names)], things[len(base_names) :]
+    return Scene(tuple(items), tuple(bases), gripper, shade=int(rng.integers(60, 100)))
 
 
 def draw_order(rng: np.random.Generator, scene: Scene) -> Order:

@@ -73,7 +73,7 @@ class TinyOpenVLA(Objective):
         self.patch_heads = PatchHeads(self.config.vision_width)
         self.pointers = Pointers(self.config.width, 4)
         self.tower_steps, self.bin_width = tower_steps, bin_width
-        self.patch_weight, self.point_weight, self.guide_weight = patch_weight, point_weight, guide_weight
+        self.patch_weight, self.point_weight = patch_weight, point_weight
         self.word_layer, self.goal_layer = word_layer, goal_layer
         self.background_weight = background_weight
         self._errors: list[Tensor] = []
@@ -151,6 +151,7 @@ class TinyOpenVLA(Objective):
             hidden: float[B, S, D], of the embedding and after each layer.
             batch: where to read, and what.
         """
+        rows = torch.arange(len(batch.readers), device=batch.readers.device)[:, None]
         loss = hidden[0].new_zeros((), dtype=torch.float32)
         for number, (reader, layer) in enumerate(self._asked(("item", "base", "goal", "gripper"))):
             read = hidden[layer][rows, batch.readers[..., reader]]

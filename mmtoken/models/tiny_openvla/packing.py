@@ -142,17 +142,6 @@ def soft_targets(actions: Tensor, width: float) -> Tensor:
     return torch.softmax(-0.5 * (distance / width) ** 2, dim=1)
 
 
-def nearness(points: Tensor, width: float = 0.5) -> Tensor:
-    """A Gaussian around each point as probabilities of the patches, float[..., 64].
-
-    Args:
-        points: float[..., 2], x and y in patches.
-        width: its standard deviation in patches.
-    """
-    cells = torch.cartesian_prod(*[torch.arange(_SIDE, device=points.device) + 0.5] * 2).flip(-1)
-    return torch.softmax(-(points[..., None, :] - cells).square().sum(-1) / (2 * width**2), -1)
-
-
 _CENTRES: NDArray[np.float64] = (np.arange(_SIDE, dtype=np.float64) + 0.5) * PATCH_SIZE
 
 
