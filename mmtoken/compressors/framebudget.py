@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize
 
 from mmtoken.errors import InputError, MMTokenError
+from mmtoken.kernels.gather_merge import gather_merge
 
 Assigner = Literal["bilinear", "adaptive_pool", "linspace", "merge", "merge_rows_cols"]
 """How a frame comes to its number of tokens; the official code calls them v1 to v5."""
@@ -197,20 +198,13 @@ def merged(features: Tensor, tokens: int) -> Tensor:
         count = features.shape[1]
         merging = min(count // 2, count - tokens)
         scored = normalize(features.detach().float(), dim=-1, eps=torch.finfo(torch.float32).tiny)
-        even, odd = features[:, ::2], features[:, 1::2]
         best, partner = (scored[:, ::2] @ scored[:, 1::2].transpose(1, 2)).max(-1)
         order = best.argsort(dim=-1, descending=True, stable=True)
         gone, left = order[:, :merging], order[:, merging:]
-        width = features.shape[-1]
-
-        def wide(index: Tensor, width: int = width) -> Tensor:
-            return index[..., None].expand(-1, -1, width)
-
-        target = partner.gather(1, gone)
-        joined = odd.float().scatter_add(1, wide(target), even.gather(1, wide(gone)).float())
-        members = torch.ones_like(odd[..., 0], dtype=torch.float32).scatter_add(
-            1, target, torch.ones_like(target, dtype=torch.float32)
-        )
-        averages = (joined / members[..., None]).to(features.dtype)
-        features = torch.cat([even.gather(1, wide(left)), averages], 1)
+        target = left.shape[1] + partner.gather(1, gone)
+        places = torch.arange(1, count, 2, device=left.device).expand(len(left), -1)
+        index = torch.cat([left * 2, places], 1)
+        members = torch.ones(index.shape, device=left.device)
+        members = members.scatter_add(1, target, torch.ones_like(target, dtype=torch.float32))
+        features = gather_merge(features, index, target, 1 / members.gather(1, target), gone * 2, 1 / members)
     return features

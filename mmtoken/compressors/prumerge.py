@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from mmtoken.compressors.base import Budget, Compressor, Context, Cost, Need, Parity, Positions, check_whole
 from mmtoken.errors import MMTokenError
+from mmtoken.kernels.gather_merge import gather_merge
 from mmtoken.tokens import VisualTokens, refuse_nan
 
 _IQR_FACTOR = 1.5
@@ -106,12 +107,12 @@ class PruMerge(Compressor):
                 tokens.features[row, places], weights, keys[row, places], centres, rest, self.neighbours
             )
             mask[row, places[centres]] = True
-            features[row, places[centres]] = merged.to(features.dtype)
+            features[row, places[centres]] = merged
             size[row, places[centres]] += min(self.neighbours, len(places) - 1)
             if len(rest) and (len(centres) < budget or (self.variant == "repo" and not self.adaptive)):
                 spot = places[rest[weights[rest].argmax()]]
                 mask[row, spot] = True
-                features[row, spot] = extra.to(features.dtype)
+                features[row, spot] = extra
                 size[row, spot] = len(rest)
         return tokens.replace(features=features, size=size).where(mask)
 
@@ -180,7 +181,7 @@ def others(centres: Tensor, total: int, *, official: bool = False) -> Tensor:
 def merge_neighbours(
     features: Tensor, attention: Tensor, keys: Tensor, centres: Tensor, rest: Tensor, neighbours: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """(float32[C, D] centres with their neighbours added, float32[D] the extra token).
+    """(float[C, D] centres with their neighbours added, float[D] the extra token).
 
     Args:
         features: float[N, D].
@@ -190,18 +191,18 @@ def merge_neighbours(
         rest: int[R], what the extra token sums up.
         neighbours: how many patches are added to each centre.
     """
-    weighted = features.float() * attention.float()[:, None]
     unit = normalize(keys.float(), dim=-1)
     count = min(neighbours, len(features) - 1)
-    merged = [features.new_zeros(0, features.shape[-1], dtype=torch.float32)]
+    found = [centres.new_zeros(0, count)]
     for part in centres.split(256):
         similarity = (unit[part] @ unit.T).scatter(1, part[:, None], -torch.inf)
-        nearest = similarity.argsort(dim=-1, descending=True, stable=True)[:, :count]
-        total = features[part].float()
-        for column in nearest.T:  # one neighbour at a time: all of them would be 32 times the chunk
-            total = total + weighted[column]
-        merged.append(total)
-    return torch.cat(merged), weighted[rest].sum(0)
+        found.append(similarity.argsort(dim=-1, descending=True, stable=True)[:, :count])
+    source = torch.cat([*(close.flatten() for close in found), rest])
+    slot = torch.arange(len(centres), device=rest.device).repeat_interleave(count)
+    slot = torch.cat([slot, torch.full_like(rest, len(centres))])
+    index = torch.cat([centres, centres.new_full((1,), -1)])
+    merged = gather_merge(features[None], index[None], slot[None], attention[source][None], source[None])[0]
+    return merged[:-1], merged[-1]
 
 
 def _as_ratio(keep: int | float, total: int) -> float:

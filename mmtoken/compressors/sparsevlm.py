@@ -12,6 +12,7 @@ from torch import Tensor
 from mmtoken.compressors.base import Compressor, Context, Cost, Need, Parity, Positions, check_whole
 from mmtoken.compressors.stages import as_tuple, check_ascending, check_stages, checked_cuts, scaled_cuts
 from mmtoken.errors import MMTokenError
+from mmtoken.kernels.gather_merge import gather_merge
 from mmtoken.tokens import VisualTokens, check_keep, kept_count, pick_rows, refuse_nan, top_mask
 
 PAPER_DEPTH = 32
@@ -386,9 +387,9 @@ def cluster(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def cluster_means(features: Tensor, owner: Tensor, count: int) -> Tensor:
-    """float32[count, D]: mean of each cluster's features float[R, D]; `owner` int[R] as `cluster` returns it."""
-    total = features.new_zeros(count, features.shape[1], dtype=torch.float32).index_add(0, owner, features.float())
-    return total / owner.bincount(minlength=count)[:, None]
+    """float[count, D]: mean of each cluster's features float[R, D]; `owner` int[R] as `cluster` returns it."""
+    share = 1.0 / owner.bincount(minlength=count)[owner]
+    return gather_merge(features[None], owner.new_full((1, count), -1), owner[None], share[None])[0]
 
 
 def behind(places: Tensor, kept: Tensor, clusters: int) -> Tensor:

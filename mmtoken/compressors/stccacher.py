@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from mmtoken.compressors.base import Budget, Compressor, Context, Parity, Positions, check_whole
 from mmtoken.errors import MMTokenError
-
-Similarity = Literal["cosine", "dot", "l1", "l2"]
+from mmtoken.kernels.frame_delta import Similarity, frame_delta
 
 
 @dataclass(frozen=True)
@@ -88,13 +86,7 @@ def key_similarity(keys: Tensor, reference: Tensor, similarity: Similarity = "co
 
     Higher is more similar, whichever measure is taken.
     """
-    new, old = keys.detach().float(), reference.detach().float()
-    if similarity == "cosine":
-        return cosine_similarity(new, old, dim=-1)
-    if similarity == "dot":
-        return (new * old).sum(-1)
-    difference = new - old
-    return -(difference.abs().sum(-1) if similarity == "l1" else difference.square().sum(-1).sqrt())
+    return frame_delta(keys, reference, similarity)
 
 
 def least_similar(keys: Tensor, reference: Tensor, count: int, similarity: Similarity = "cosine") -> Tensor:

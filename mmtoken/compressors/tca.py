@@ -12,6 +12,7 @@ from torch import Tensor
 from mmtoken.compressors.base import Compressor, Context, Need, Positions, TowerStates, check_whole
 from mmtoken.compressors.stages import as_tuple, check_ascending, scaled_cuts
 from mmtoken.errors import MMTokenError, UnsupportedError
+from mmtoken.kernels.gather_merge import gather_merge
 from mmtoken.tokens import VisualTokens, kept_count, refuse_nan
 
 PAPER_DEPTH = 12
@@ -237,8 +238,9 @@ def condense(features: Tensor, count: int, first: int = 0) -> tuple[Tensor, Tens
     distance[chosen] = 0.0
     weight = torch.where(distance > 0, 1 / distance.clamp(min=1e-12), 1.0)
     total = torch.zeros(len(chosen), device=features.device).index_add(0, owner, weight)
-    summed = features.new_zeros(len(chosen), features.shape[1]).index_add(0, owner, weight[:, None] * features)
-    return chosen, owner, summed / total[:, None]
+    nothing = torch.full_like(chosen, -1)
+    means = gather_merge(features[None], nothing[None], owner[None], (weight / total[owner])[None])
+    return chosen, owner, means[0]
 
 
 def _stack(tokens: VisualTokens, rows: list[VisualTokens]) -> VisualTokens:

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from mmtoken.compressors.base import Budget, Compressor, Context, Cost, Need, Positions, check_whole
 from mmtoken.errors import MMTokenError, UnsupportedError
+from mmtoken.kernels.gather_merge import gather_merge
 from mmtoken.tokens import VisualTokens, kept_count, refuse_nan
 
 Heads = Literal["joint", "mean"]
@@ -339,13 +340,10 @@ def nearest_mean(
     owner = nearest(keys, kept, dropped)
     weight = attention.float().clamp(min=_LEAST_WEIGHT)
     own = weight[kept]
-    total = (own[:, None] * features[kept].float()).index_add(
-        0, owner, weight[dropped, None] * features[dropped].float()
-    )
     mass = own.index_add(0, owner, weight[dropped])
-    joined = torch.zeros(len(kept), dtype=torch.bool, device=features.device).index_fill(0, owner, True)
-    merged = torch.where(joined[:, None], (total / mass[:, None]).to(features.dtype), features[kept])
-    return kept, merged, size[kept].index_add(0, owner, size[dropped])
+    shares = (weight[dropped] / mass[owner], own / mass)
+    merged = gather_merge(features[None], kept[None], owner[None], shares[0][None], dropped[None], shares[1][None])
+    return kept, merged[0], size[kept].index_add(0, owner, size[dropped])
 
 
 def prumerge32(
@@ -372,25 +370,28 @@ def prumerge32(
         (int[K + 1] ascending, float[K + 1, D], float[K + 1] sizes); K without dropped patches.
     """
     unit = normalize(keys.float(), dim=-1)
-    weighted = attention.float()[:, None] * features.float()
     neighbours = min(NEAREST, len(features) - 1)
-    merged = features.float().clone()
+    found = [kept.new_zeros(0, neighbours)]
     for part in kept.split(chunk):
         alike = unit[part] @ unit.T
         alike[torch.arange(len(part), device=part.device), part] = -math.inf
-        close = torch.argsort(alike, dim=-1, descending=True, stable=True)[:, :neighbours]
-        merged[part] += weighted[close].sum(1)
+        found.append(torch.argsort(alike, dim=-1, descending=True, stable=True)[:, :neighbours])
     gone = torch.ones(len(features), dtype=torch.bool, device=features.device)
     gone[kept] = False
     dropped = gone.nonzero()[:, 0]
-    sizes = size.clone()
-    index = kept
-    if extra and len(dropped):
+    if not extra:
+        dropped = dropped[:0]
+    source = torch.cat([*(close.flatten() for close in found), dropped])
+    slots = torch.arange(len(kept), device=kept.device).repeat_interleave(neighbours)
+    slot = torch.cat([slots, torch.full_like(dropped, len(kept))])
+    index, start, sizes = kept, kept, size[kept]
+    if len(dropped):
         place = dropped[attention[dropped].argmax()]
-        merged[place] = weighted[dropped].sum(0)
-        sizes[place] = size[dropped].sum()
-        index = torch.cat([kept, place[None]]).sort().values
-    return index, merged[index].to(features.dtype), sizes[index]
+        index, order = torch.cat([kept, place[None]]).sort()
+        start = torch.cat([kept, torch.full_like(place[None], -1)])
+        sizes = torch.cat([sizes, size[dropped].sum()[None]])[order]
+    merged = gather_merge(features[None], start[None], slot[None], attention[source][None], source[None])[0]
+    return index, merged[order] if len(dropped) else merged, sizes
 
 
 def _check_number(field: str, value: object, lowest: float, highest: float) -> None:

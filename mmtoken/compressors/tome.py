@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 
 from mmtoken.compressors.base import Compressor, Context, Cost, Need, Parity, Positions
 from mmtoken.errors import InputError
-from mmtoken.tokens import VisualTokens, kept_count, refuse_nan
+from mmtoken.kernels.gather_merge import gather_merge
+from mmtoken.tokens import VisualTokens, kept_count, pick_rows, refuse_nan
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,20 @@ class Matching:
 
     def merge(self, values: Tensor, mode: Literal["sum", "mean"] = "sum") -> Tensor:
         """float[B, N, D] to float[B, M, D]: destinations hold the sum, or the mean, of themselves and their sources."""
-        sources = values.gather(1, _expand(self.source * 2, values))
-        target = _expand(self.destination * 2 + 1, values)
-        total = values.scatter_add(1, target, sources)
-        if mode == "mean":
-            ones = torch.ones_like(values[..., :1])
-            count = ones.scatter_add(1, target[..., :1], torch.ones_like(sources[..., :1]))
-            total = total / count
-        return total.gather(1, _expand(self.order(), values))
+        ones = torch.ones(values.shape[:2], device=values.device)
+        return self.weighted(values, ones, self.totals(ones) if mode == "mean" else ones)
+
+    def totals(self, size: Tensor) -> Tensor:
+        """float[B, N]: what destinations and their sources add up to, of sizes float[B, N]; others stay as they are."""
+        return size.scatter_add(1, self.destination * 2 + 1, size.gather(1, self.source * 2))
+
+    def weighted(self, values: Tensor, size: Tensor, total: Tensor) -> Tensor:
+        """float[B, M, D]: sums of size / total * values over destinations and their sources; both float[B, N]."""
+        order = self.order()
+        weight = size.gather(1, self.source * 2) / total.gather(1, self.destination * 2 + 1)
+        # With a distillation token nothing goes to the first odd token, the only one that stands elsewhere.
+        slot = self.unmerged.shape[1] + self.destination
+        return gather_merge(values, order, slot, weight, self.source * 2, (size / total).gather(1, order))
 
     def unmerge(self, merged: Tensor) -> Tensor:
         """float[B, M, D] to float[B, N, D]: sources get a copy of what they merged into."""
@@ -154,8 +161,8 @@ def _most_similar(even: Tensor, odd: Tensor, first: int) -> tuple[Tensor, Tensor
 
 def merge_weighted(matching: Matching, values: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """(size-weighted means float[B, M, D], new sizes float[B, M, 1]) of values float[B, N, D], size float[B, N, 1]."""
-    merged, total = matching.merge(values * size), matching.merge(size)
-    return merged / total, total
+    total = matching.totals(size[..., 0])
+    return matching.weighted(values, size[..., 0], total), total.gather(1, matching.order())[..., None]
 
 
 def _merge_once(tokens: VisualTokens, metric: Tensor, merges: list[int]) -> tuple[VisualTokens, Tensor]:
@@ -174,15 +181,14 @@ def _merge_once(tokens: VisualTokens, metric: Tensor, merges: list[int]) -> tupl
 
 def _merge_rows(tokens: VisualTokens, metric: Tensor, r: int) -> tuple[VisualTokens, Tensor]:
     matching = bipartite_soft_matching(metric, r)
-    values, size = merge_weighted(matching, tokens.features.float(), tokens.size[..., None])
+    values, size = merge_weighted(matching, tokens.features, tokens.size[..., None])
     # Destinations keep their own place; back to the order of the image, which pairs neighbours in the next round.
     index = matching.order()
     rank = tokens.source.gather(1, index).argsort(-1)
     index = index.gather(1, rank)
-    features = values.gather(1, _expand(rank, values)).to(tokens.features.dtype)
-    keys, _ = merge_weighted(matching, metric.float(), tokens.size[..., None])
-    merged = tokens.take(index).replace(features=features, size=size[..., 0].gather(1, rank))
-    return merged, keys.gather(1, _expand(rank, keys)).to(metric.dtype)
+    keys, _ = merge_weighted(matching, metric, tokens.size[..., None])
+    merged = tokens.take(index).replace(features=pick_rows(values, rank), size=size[..., 0].gather(1, rank))
+    return merged, pick_rows(keys, rank)
 
 
 def _join(tokens: VisualTokens, parts: list[tuple[VisualTokens, Tensor, VisualTokens]]) -> tuple[VisualTokens, Tensor]:

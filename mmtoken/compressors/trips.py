@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_whole
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
+from mmtoken.kernels.gather_merge import gather_merge
 from mmtoken.tokens import VisualTokens, kept_count, top_mask
 
 
@@ -151,12 +152,13 @@ def select_and_fuse(
     rest = candidates & ~kept
     best = top_mask(scores, [1] * len(tokens), rest)
     weights = scores.float().masked_fill(~rest, 0.0)
-    fused = torch.einsum("bn,bnd->bd", weights, tokens.features.masked_fill(~rest[..., None], 0.0).float())
     if normalise:
-        fused = fused / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    slot = rest.long() - 1
+    fused = gather_merge(tokens.features, torch.full_like(slot[:, :1], -1), slot, weights)
     size = tokens.size.masked_fill(~rest, 0.0).sum(-1, keepdim=True)
     changed = tokens.replace(
-        features=torch.where(best[..., None], fused[:, None].to(tokens.features.dtype), tokens.features),
+        features=torch.where(best[..., None], fused, tokens.features),
         size=torch.where(best, size, tokens.size),
     )
     mask = kept | best | apart | tokens.protected

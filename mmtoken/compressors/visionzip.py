@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from mmtoken.compressors.base import Compressor, Context, Need, Parity, Positions, check_whole
 from mmtoken.errors import MMTokenError
+from mmtoken.kernels.gather_merge import gather_merge
 from mmtoken.tokens import VisualTokens, top_mask
 
 
@@ -123,16 +124,9 @@ def merge_into_anchors(
     features: Tensor, size: Tensor, anchors: Tensor, members: Tensor, owner: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(float[A, D]: anchor + mean of its members, float[A]: tokens it stands for); see `assign_to_anchors`."""
-    kept = features[anchors]
-    # Sums of many members lose digits in half precision.
-    total = torch.zeros_like(kept, dtype=torch.float32).index_add(0, owner, features[members].float())
-    count = torch.zeros(len(anchors), device=features.device).index_add(
-        0, owner, torch.ones(len(members), device=features.device)
-    )
-    joint = kept.float() + total / count.clamp(min=1)[:, None]
-    # `where`, not an addition of zero: an anchor without members stays the same to the bit.
-    merged = torch.where((count > 0)[:, None], joint.to(kept.dtype), kept)
-    return merged, size[anchors].index_add(0, owner, size[members])
+    share = 1.0 / owner.bincount(minlength=len(anchors))[owner]
+    merged = gather_merge(features[None], anchors[None], owner[None], share[None], members[None])
+    return merged[0], size[anchors].index_add(0, owner, size[members])
 
 
 def _stack(tokens: VisualTokens, rows: list[tuple[Tensor, Tensor, Tensor, Tensor]], cls: Tensor | None) -> VisualTokens:

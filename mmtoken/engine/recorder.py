@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,17 @@ from mmtoken.compressors.base import Recording
 from mmtoken.engine.cache import LogicalLayer
 from mmtoken.engine.prefill import Prefill
 from mmtoken.engine.states import LayerStates
+
+
+@dataclass
+class EpisodeState:
+    """Where an episode (or several in lockstep, one item each) stands between two calls; see `Session.resuming`.
+
+    Attributes:
+        calls: float32[I, N] of each call remembered, oldest first; empty when an episode begins.
+    """
+
+    calls: list[Tensor] = field(default_factory=list)
 
 
 class Recorder:
@@ -21,9 +35,9 @@ class Recorder:
         calls: float32[I, N] of each finished call, oldest first.
     """
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Recording, calls: Sequence[Tensor] = ()) -> None:
         self.recording = recording
-        self.calls: list[Tensor] = []
+        self.calls = list(calls)
         self._steps: list[Tensor] = []
         self._rows = self._columns = torch.zeros(0, dtype=torch.long)
         self._valid = torch.zeros(0, 0, dtype=torch.bool)

@@ -27,7 +27,7 @@ from mmtoken.engine.eviction import query_module
 from mmtoken.engine.learned import check_parts
 from mmtoken.engine.prefill import Prefill
 from mmtoken.engine.prompt import Prompt, listen
-from mmtoken.engine.recorder import Recorder
+from mmtoken.engine.recorder import EpisodeState, Recorder
 from mmtoken.engine.report import Report, SiteReport
 from mmtoken.engine.reuse import VideoState
 from mmtoken.engine.selective import ReuseHooks
@@ -287,6 +287,28 @@ class Session(AbstractContextManager["Session"]):
             yield
         finally:
             self.thread.videos = before
+
+    @contextmanager
+    def resuming(self, episode: EpisodeState) -> Iterator[None]:
+        """Go on with an episode that earlier calls began, maybe under another session: one control step in this block.
+
+        Without it the calls of a thread are one episode until `reset`. Methods that remember no earlier calls do not
+        look at it. Holds for this thread only, and leaves the thread's own episode as it is.
+
+        Args:
+            episode: where it stands; moves on when the block has ended well. A new `EpisodeState()` is the beginning of
+                an episode.
+        """
+        before, recording = self.thread.recorder, None if self.hooks is None else self.hooks.listening.recording
+        recorder = None if recording is None else Recorder(recording, episode.calls)
+        self.thread.recorder = recorder
+        try:
+            yield
+            if recorder is not None:
+                recorder.finish()
+                episode.calls = recorder.calls
+        finally:
+            self.thread.recorder = before
 
     def detach(self) -> None:
         """Take away every hook and attribute; safe to repeat."""

@@ -75,7 +75,8 @@ _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
     "openvla": ("<s>", "</s>", "<PAD>", "<image>", None),
 }
 
-FAMILIES: tuple[str, ...] = tuple(SPECIALS)
+FAMILIES: tuple[str, ...] = tuple(family for family in SPECIALS if family != "openvla")
+"""Families that hold conversations; a robot policy has one kind of prompt and no chat template."""
 
 LLAMA = ("llava", "openvla")
 """Families with the tokenizer of Llama-2, a tower of 4 x 4 patches and one size of image."""

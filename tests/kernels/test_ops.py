@@ -1,0 +1,153 @@
+"""Every operation: Triton against the torch reference, which every operation's own test holds against plain loops.
+
+Two-reference rule: |triton(dtype) - torch(float32)| <= 2 |torch(dtype) - torch(float32)| + atol, where the float32
+reference reads the same rounded inputs. Integer and bool outputs agree with it exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmtoken.kernels.cases import Case, Inputs, Operation, changed, made, operations
+from mmtoken.kernels.dispatch import Impl, ran, ran_since, using
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in operations().values() for case in op.cases]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ATOL_OF_GRADIENTS = 10.0
+"""Times `atol`: gradients sum over more terms."""
+
+
+def outputs(operation: Operation, inputs: Inputs, impl: Impl) -> tuple[Tensor, ...]:
+    """Outputs as a tuple; asserts that `impl` made them."""
+    before = ran()
+    found = operation.function(**inputs, impl=impl)
+    assert ran_since(before) == {operation.name: impl}
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+def run(operation: Operation, case: Case, inputs: Inputs, impl: Impl) -> list[Tensor]:
+    """Outputs, then gradients of the inputs that the case names, for the same upstream gradients."""
+    inputs = changed(
+        inputs, lambda x: x.detach().clone(memory_format=torch.preserve_format).requires_grad_(), case.differentiable
+    )
+    found = outputs(operation, inputs, impl)
+    result = [x.detach() for x in found]
+    if case.differentiable:
+        floating = [x for x in found if x.is_floating_point()]
+        generator = torch.Generator().manual_seed(1)
+        upstream = [torch.randn(x.shape, generator=generator).to(x) for x in floating]
+        torch.autograd.backward(floating, upstream)
+        for name in case.differentiable:
+            assert inputs[name].grad is not None, name
+            assert inputs[name].grad.dtype == inputs[name].dtype
+            result.append(inputs[name].grad)
+    return result
+
+
+def to_float32(inputs: Inputs) -> Inputs:
+    return changed(inputs, lambda x: x.float() if x.is_floating_point() else x)
+
+
+def check(operation: Operation, triton: list[Tensor], same: list[Tensor], exact: list[Tensor], outputs: int) -> None:
+    assert len(triton) == len(same) == len(exact)
+    for number, (ours, low, high) in enumerate(zip(triton, same, exact, strict=True)):
+        assert ours.shape == high.shape and ours.dtype == low.dtype, number
+        if not ours.is_floating_point():
+            assert torch.equal(ours, high), number
+            continue
+        assert not ours.isnan().any(), number
+        finite = high.isfinite()
+        assert torch.equal(ours[~finite].float(), high[~finite].float()), number
+        error, allowed = ((x.float() - high.float()).abs()[finite] for x in (ours, low))
+        atol = operation.atol * (1.0 if number < outputs else ATOL_OF_GRADIENTS)
+        # The rule holds for the largest error of a tensor; element by element the reference is exact by chance.
+        limit = 2 * allowed.max() + atol if allowed.numel() else atol
+        assert not error.numel() or error.max() <= limit, (number, float(error.max()), float(limit))
+
+
+def compare(operation: Operation, case: Case, inputs: Inputs) -> None:
+    inputs = changed(inputs, lambda x: x.to(DEVICE))
+    number = len(outputs(operation, inputs, "torch"))
+    check(
+        operation,
+        run(operation, case, inputs, "triton"),
+        run(operation, case, inputs, "torch"),
+        run(operation, case, to_float32(inputs), "torch"),
+        number,
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("operation", "case"), CASES)
+def test_values_and_gradients(operation: Operation, case: Case, dtype: torch.dtype, poisoned: None) -> None:
+    """At odd sizes, the largest in float32 only, with NaN in all memory that kernels are to fill."""
+    for n in operation.sizes if dtype == torch.float32 else operation.sizes[:2]:
+        compare(operation, case, made(case, n, dtype, batch=2 if n < 100 else 1))
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, none next to the other in memory."""
+    spread = x.new_zeros(*x.shape[::-1], 2)
+    spread[..., 0] = x.permute(*range(x.ndim)[::-1])
+    return spread[..., 0].permute(*range(x.ndim)[::-1])
+
+
+@pytest.mark.parametrize(("operation", "case"), CASES)
+def test_inputs_need_not_be_contiguous(operation: Operation, case: Case, poisoned: None) -> None:
+    inputs = made(case, 33, torch.float32, batch=2)
+    apart = changed(inputs, strided)
+    assert not any(x.is_contiguous() for x in apart.values() if isinstance(x, Tensor) and x.numel() > 1)
+    compare(operation, case, apart)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(("operation", "case"), CASES)
+def test_an_empty_batch_gives_empty_outputs(operation: Operation, case: Case, impl: Impl) -> None:
+    inputs = changed(made(case, 33, torch.float32, batch=0), lambda x: x.to(DEVICE))
+    full = outputs(operation, changed(made(case, 33, torch.float32, batch=1), lambda x: x.to(DEVICE)), impl)
+    for empty, one in zip(outputs(operation, inputs, impl), full, strict=True):
+        assert empty.dtype == one.dtype and empty.shape == (0, *one.shape[1:])
+    run(operation, case, inputs, impl)
+
+
+@pytest.mark.parametrize(("operation", "case"), CASES)
+def test_opcheck(operation: Operation, case: Case) -> None:
+    inputs = changed(made(case, 33, torch.float32), lambda x: x.to(DEVICE))
+    inputs = changed(inputs, lambda x: x.requires_grad_(), case.differentiable)
+    operators = operation.operators(inputs)
+    assert operators
+    for operator, arguments in operators:
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("operation", [pytest.param(op, id=name) for name, op in operations().items()])
+def test_compiles_as_one_graph(operation: Operation, impl: Impl) -> None:
+    case = operation.cases[0]
+    inputs = changed(made(case, 33, torch.float32), lambda x: x.to(DEVICE))
+    wanted = operation.function(**inputs, impl=impl)
+
+    def call(**kwargs: Any) -> Any:
+        return operation.function(**kwargs, impl=impl)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("operation", [pytest.param(op, id=name) for name, op in operations().items()])
+def test_auto_follows_device_and_using(operation: Operation) -> None:
+    inputs = changed(made(operation.cases[0], 5, torch.float32), lambda x: x.to(DEVICE))
+    for forced, wanted in (
+        ("auto", "triton" if DEVICE == "cuda" else "torch"),
+        ("torch", "torch"),
+        ("triton", "triton"),
+    ):
+        before = ran()
+        with using(forced):  # type: ignore[arg-type]
+            operation.function(**inputs)
+        assert ran_since(before) == {operation.name: wanted}
