@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from mmtoken.datasets.demonstrations import Demonstration, DemonstrationBatches
 from mmtoken.datasets.tabletop import BASE_SIZE, ITEM_SIZE, SIZE, TEMPLATES, Thing
 from mmtoken.errors import CheckpointError
 from mmtoken.models.tiny_openvla import NetworkConfig, TinyOpenVLA, build_network, build_processor, export
+from mmtoken.models.tiny_openvla.objective import GUIDED_HEADS
 from mmtoken.models.tiny_openvla.packing import ActionBatch, encode, pack, pixels, soft_targets
 from mmtoken.models.tiny_openvla.processor import BINS, IMAGE_ID, SPACE_ID, UNK_ID, VISUAL_TOKENS, VOCABULARY, WORDS
 
@@ -130,9 +132,30 @@ def test_pointers_stand_where_the_words_are(demonstrations: list[Demonstration],
             assert ((batch.points >= 0) & (batch.points <= SIZE / 8)).all()
 
 
+def test_attention_is_guided_to_what_is_named(objective: TinyOpenVLA, batch: ActionBatch) -> None:
+    """Loops over pictures, instructions and heads, with a Gaussian written out."""
+    with torch.no_grad():
+        _, _, attention = objective.decode(objective.network.vision_backbone(batch.pixels), batch)
+        found = float(objective.guide_loss(attention, batch))
+    total = 0.0
+    for number, layer in enumerate((objective.word_layer, objective.word_layer, objective.goal_layer)):
+        losses = []
+        for b in range(len(batch.pixels)):
+            for q in range(6):
+                x, y = batch.points[b, q, number].tolist()
+                weights = [math.exp(-((x - k % 8 - 0.5) ** 2 + (y - k // 8 - 0.5) ** 2) / 0.5) for k in range(64)]
+                for head in range(GUIDED_HEADS):
+                    paid = attention[layer - 1][b, head, int(batch.readers[b, q, number])].tolist()
+                    losses.append(
+                        -sum(w * math.log(a + 1e-6) for w, a in zip(weights, paid, strict=True)) / sum(weights)
+                    )
+        total += sum(losses) / len(losses)
+    assert found == pytest.approx(total, rel=1e-4)
+
+
 def test_the_tower_is_trained_first(objective: TinyOpenVLA, batch: ActionBatch) -> None:
     assert set(objective.losses(batch, objective.tower_steps - 1)) == {"patches"}
-    assert set(objective.losses(batch, objective.tower_steps)) == {"patches", "actions", "pointing", "guide"}
+    assert set(objective.losses(batch, objective.tower_steps)) == {"patches", "actions", "pointing", "guiding"}
     assert all(torch.isfinite(v) for v in objective.losses(batch).values())
 
 

@@ -26,9 +26,9 @@ class TinyOpenVLA(Objective):
 
     OpenVLA begins with a vision-language model that can see and knows what words mean. What stands in for this here:
     for `tower_steps` only the tower is trained, to tell what is on each patch; after that, colour words and the last
-    prompt token are asked where the things are that they name, and some of their attention is guided there. Without
-    guidance that was not learnt in ten times as many steps. Guided attention favours methods that rank visual tokens
-    by attention.
+    prompt token are asked where the things are that they name, and some of their attention is guided there. (In a first
+    350 such steps the read-outs of item words fell to 1.3 nats with guidance and to 3.6 without.) Guided attention
+    favours methods that rank visual tokens by attention.
 
     Args:
         network: sizes of the network.
