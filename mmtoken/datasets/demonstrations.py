@@ -2,9 +2,8 @@
 
 Behaviour cloning on an expert's own paths fails where the policy strays from them. Here states are drawn directly
 instead: grippers anywhere and near things, open, carrying any item, closed on nothing, items that were let go in odd
-places. Each state is labelled with the expert's action for each instruction
-that the table allows. A batch is a function of `(seed, step)`
-alone, so a run that goes on from a checkpoint sees what the uninterrupted one would have seen.
+places. Each state is labelled with the expert's action for each item with each base. A batch is a function of `(seed,
+step)` alone, so a run that goes on from a checkpoint sees what the uninterrupted one would have seen.
 """
 
 from __future__ import annotations
