@@ -3,6 +3,7 @@
 Speed and memory come from a LLaVA-shaped model with random weights, accuracy from a trained model: two results, two
 files, never one figure. Both hold the same line-up: the dense model first, the controls, then the compressors, each at
 every budget. `--what multi-turn` asks the trained model second questions after tokens were chosen for the first one.
+`mmtoken bench ops` times the scoring operations by themselves; it has its own --help.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ def main(argv: list[str]) -> int:
     Raises:
         MMTokenError: an argument cannot be used.
     """
+    if argv[:1] == ["ops"]:
+        from mmtoken.cli import bench_ops
+
+        return bench_ops.main(argv[1:])
     options = _parser().parse_args(argv)
     for field in ("pictures", "rounds"):
         if getattr(options, field) < 1:

@@ -92,6 +92,15 @@ def choose(operation: str, *tensors: Tensor | None, impl: Impl = "auto") -> str:
     return decided
 
 
+def can_run(impl: Impl, device: torch.device) -> bool:
+    """Whether `impl` would run for tensors on `device`."""
+    try:
+        _decide(impl, device.type == "cuda")
+    except UnsupportedError:
+        return False
+    return True
+
+
 def ran() -> Counter[tuple[str, str]]:
     """How often each (operation, implementation) ran in this thread so far; a copy."""
     return Counter(_thread.ran)
