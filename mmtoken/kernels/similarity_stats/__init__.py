@@ -29,8 +29,8 @@ def similarity_stats(
     Args:
         features: float[B, N, D], of which the rows are; finite. Products are added up in float32.
         other: float[B, M, D], of which the columns are; None: `features` again, no token being compared with itself.
-        rows: bool[B, N], those that are asked for; None: all. The others have max -inf, argmax -1 and above 0, as have rows
-            without any column.
+        rows: bool[B, N], those that are asked for; None: all. The others have max -inf, argmax -1 and above 0, as
+            have rows without any column.
         columns: bool[B, M], those that are compared with; None: all.
         threshold: similarities above it are counted. Of 1, the default, none is: what is above is rounding.
         impl: see `mmtoken.kernels.dispatch`.
