@@ -19,6 +19,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmtoken.control.episode import Episode
+    from mmtoken.control.policy import Policy
     from mmtoken.engine.inputs import compress_inputs
     from mmtoken.engine.learned import learnable
     from mmtoken.engine.report import Report
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Episode": "mmtoken.control.episode",
     "MMTokenError": "mmtoken.errors",
+    "Policy": "mmtoken.control.policy",
     "Report": "mmtoken.engine.report",
     "Session": "mmtoken.engine.session",
     "Stream": "mmtoken.streaming.stream",
@@ -49,7 +53,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "Episode",
     "MMTokenError",
+    "Policy",
     "Report",
     "Session",
     "Stream",

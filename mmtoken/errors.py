@@ -22,6 +22,10 @@ class InputError(MMTokenError):
     """An image, a prompt or a tensor handed in cannot be used."""
 
 
+class ActionError(MMTokenError):
+    """A policy answered with something that is no action."""
+
+
 class UnknownNameError(MMTokenError):
     """A compressor, model or backbone of this name does not exist; the message lists near names."""
 

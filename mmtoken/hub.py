@@ -39,6 +39,7 @@ from mmtoken.engine.learned import empty
 from mmtoken.engine.session import attach, attached
 from mmtoken.errors import CheckpointError, MMTokenError, UnsupportedError, near_names
 from mmtoken.models import llava_video as llava_video  # makes transformers' Auto classes know it
+from mmtoken.models import openvla as openvla  # the same
 from mmtoken.models.registry import DEFAULT, ZooModel, find_model, list_models
 from mmtoken.wholefile import whole_folder
 

@@ -36,7 +36,8 @@ def text_model(model: nn.Module) -> nn.Module:
     base = model.base_model
     for name in ("language_model", "text_model"):
         if hasattr(base, name):
-            return getattr(base, name)
+            part = getattr(base, name)
+            return getattr(part, "model", part)  # OpenVLA holds its decoder together with the head
     return base
 
 

@@ -94,6 +94,9 @@ class Backbone(ABC):
     """Whether these are vision-language models, and not one half of one."""
     tokenwise_projector: ClassVar[bool] = False
     """Whether the projector maps patch by patch and nothing re-samples its output."""
+    plain_tower: ClassVar[bool] = True
+    """Whether the projector reads the tower's states alone. Where it reads several towers side by side, no patch may
+    leave between their blocks, and the CLS of one of them means nothing to the projector."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -137,10 +140,24 @@ class Backbone(ABC):
         return _CLIP_SCALE if kind.startswith(("clip", "qwen2")) else _HALF_SCALE
 
     @property
+    def action_queries(self) -> int:
+        """How many tokens at the end of each prompt row are action queries of a policy that answers in one forward.
+
+        Methods that ask for the prompt's text or its rows do not see them, and what they look at is recorded in the
+        place of generated tokens.
+        """
+        return 0
+
+    @property
     def feature_layers(self) -> int:
         """How many tower layers the projector reads side by side."""
         layers = getattr(self.model.config, "vision_feature_layer", None)
         return len(layers) if isinstance(layers, list | tuple) else 1
+
+    def widths(self) -> tuple[int, int]:
+        """Channels of the tower's states, and of what the projector reads."""
+        width = int(self.model.config.vision_config.hidden_size)
+        return width, width * self.feature_layers
 
     def placeholder_ids(self, modality: Modality) -> int:
         """The token id that marks the place of visual tokens in the prompt."""

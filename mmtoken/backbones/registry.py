@@ -10,10 +10,20 @@ from mmtoken.backbones.idefics3 import Idefics3
 from mmtoken.backbones.llava import Llava
 from mmtoken.backbones.llava_onevision import LlavaOneVision
 from mmtoken.backbones.llava_video import LlavaVideo
+from mmtoken.backbones.openvla import OpenVLA
 from mmtoken.backbones.qwen_vl import QwenVL
 from mmtoken.errors import UnsupportedError, near_names
 
-ADAPTERS: tuple[type[Backbone], ...] = (Llava, LlavaOneVision, LlavaVideo, QwenVL, Idefics3, BareDecoder, BareTower)
+ADAPTERS: tuple[type[Backbone], ...] = (
+    Llava,
+    LlavaOneVision,
+    LlavaVideo,
+    QwenVL,
+    Idefics3,
+    OpenVLA,
+    BareDecoder,
+    BareTower,
+)
 
 
 def adapt(model: PreTrainedModel) -> Backbone:

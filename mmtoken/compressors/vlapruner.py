@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -49,9 +51,13 @@ class VLAPruner(Compressor):
         rows: whose attention is semantic: "prefill", all tokens of the prompt; "last", the last one; "text", the text
             tokens after the image but the first and the last of them (all of them where there are no others).
         window: calls that are smoothed over.
-        gamma: decay from call to call, in (0, 1].
+        gamma: decay from call to call; above 1 old calls count most (1.25 with variant "paper" is the order of the
+            official code's 0.8, and nothing else of it).
         action_tokens: how many of the last generated tokens are actions.
         recorded: layers (0-based) whose action attention is averaged; None: as above.
+        branches: "both"; for ablations "semantic" or "action", whose candidates are then all there are. The warm-up
+            stays as it is.
+        diversity: False, for ablations: of the candidates those that stand highest in either order are kept.
         variant: "repo" follows the official code.
     """
 
@@ -63,6 +69,8 @@ class VLAPruner(Compressor):
     gamma: float = 0.8
     action_tokens: int = 7
     recorded: tuple[int, ...] | None = None
+    branches: Literal["both", "semantic", "action"] = "both"
+    diversity: bool = True
     variant: Literal["paper", "repo"] = "paper"
 
     title: ClassVar[str] = "VLA-Pruner"
@@ -83,11 +91,15 @@ class VLAPruner(Compressor):
             raise MMTokenError(f"variant={self.variant!r} is unknown; use 'paper' or 'repo'.")
         if self.rows not in ("prefill", "last", "text"):
             raise MMTokenError(f"rows={self.rows!r} is unknown; use 'prefill', 'last' or 'text'.")
+        if self.branches not in ("both", "semantic", "action"):
+            raise MMTokenError(f"branches={self.branches!r} is unknown; use 'both', 'semantic' or 'action'.")
+        if not isinstance(self.diversity, bool):
+            raise MMTokenError(f"diversity={self.diversity!r} is neither True nor False; give one of them.")
         check_whole("layer", self.layer, lowest=1)
         check_whole("window", self.window, lowest=1)
         check_whole("action_tokens", self.action_tokens, lowest=1)
-        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float) or not 0 < self.gamma <= 1:
-            raise MMTokenError(f"gamma={self.gamma!r} is no decay; give a number above 0 and up to 1.")
+        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float) or not 0 < self.gamma < math.inf:
+            raise MMTokenError(f"gamma={self.gamma!r} is no decay; give a number above 0, for a decay up to 1.")
         object.__setattr__(self, "recorded", as_tuple("recorded", self.recorded))
         if self.recorded is not None:
             check_ascending("recorded", self.recorded, lowest=0)
@@ -113,14 +125,23 @@ class VLAPruner(Compressor):
         if action is None:
             return tokens
         semantic = self.semantic(tokens, layer - 1, ctx)
+        scores = [semantic] * (self.branches != "action") + [action] * (self.branches != "semantic")
         counts = self.counts(tokens)
-        candidates = top_mask(semantic, counts, tokens.eligible) | top_mask(action, counts, tokens.eligible)
+        candidates = torch.stack([top_mask(score, counts, tokens.eligible) for score in scores]).any(0)
+        if self.diversity:
+            stays = self.spread(tokens, candidates, counts, ctx)
+        else:
+            stays = top_mask(standing(scores, tokens.eligible), counts, candidates)
+        return tokens.where(stays | tokens.protected)
+
+    def spread(self, tokens: VisualTokens, candidates: Tensor, counts: list[int], ctx: Context) -> Tensor:
+        """bool[B, N]: the `counts[b]` candidates bool[B, N] of each item that are most diverse in their embeddings."""
         embeddings = ctx.embeddings(tokens)
         refuse_nan(embeddings.detach() * 0, tokens.eligible, "embeddings")  # infinity times 0 is NaN as well
         stays = torch.zeros_like(tokens.eligible)
         for row, count in enumerate(counts):
             stays[row, diverse(embeddings[row], candidates[row], count)] = True
-        return tokens.where(stays | tokens.protected)
+        return stays
 
     def action(self, tokens: VisualTokens, ctx: Context) -> Tensor | None:
         """float32[B, N]: smoothed action attention of the last calls; None until there are enough of them."""
@@ -164,6 +185,13 @@ def smooth(history: Tensor, gamma: float, eligible: Tensor, *, variant: Literal[
         return total / weights.sum()
     mass = torch.where(eligible, total, 0.0).sum(-1, keepdim=True)
     return (total / mass.clamp(min=torch.finfo(torch.float32).tiny)).bfloat16().float()
+
+
+def standing(scores: Sequence[Tensor], eligible: Tensor) -> Tensor:
+    """float[B, N]: minus the best rank (0 is the highest score) that a token has in any of the scores float[B, N]."""
+    masked = [score.detach().masked_fill(~eligible, -torch.inf) for score in scores]
+    ranks = [score.argsort(dim=-1, descending=True, stable=True).argsort(-1) for score in masked]
+    return -torch.stack(ranks).amin(0).float()
 
 
 def diverse(embeddings: Tensor, candidates: Tensor, count: int) -> Tensor:

@@ -23,9 +23,9 @@ def dims_of(backbone: Backbone) -> Dims:
     tower = backbone.tower()
     if tower is None or backbone.decoder is None:
         raise UnsupportedError(f"Learned parts need a model with a tower and a decoder; this is a {backbone.name}.")
-    width = int(backbone.model.config.vision_config.hidden_size)
+    width, read = backbone.widths()
     llm = int(backbone.decoder.config.hidden_size)
-    tokens = width * backbone.feature_layers if backbone.tokenwise_projector else llm
+    tokens = read if backbone.tokenwise_projector else llm
     return Dims(tower=width, tokens=tokens, llm=llm, blocks=tower.feature_block + 1)
 
 

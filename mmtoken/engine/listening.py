@@ -193,7 +193,8 @@ class Listening:
         if number is not None and recorder is not None and stored is not None and number in recorder.recording.layers:
             newest = torch.full((len(query), 1), query.shape[2] - 1, device=query.device)
             past = stored.stored() - query.shape[2]
-            recorder.note_step(number, attention.mean_attention(query, key, mask, scaling, newest, None, past), stored)
+            received = attention.attention_of(query, key, mask, scaling, newest, past, mean="queries")
+            recorder.note_step(number, received, stored)
         return False
 
     def enter_layer_of_step(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
@@ -211,7 +212,7 @@ class Listening:
             past = stored.stored()
             key = torch.cat([stored.keys[:, :, :past], key], 2)  # type: ignore[attr-defined]
             newest = torch.full((len(query), 1), query.shape[2] - 1, device=query.device)
-            rows.append(attention.mean_attention(query, key, mask, scaling, newest, None, past))
+            rows.append(attention.attention_of(query, key, mask, scaling, newest, past, mean="queries"))
             return True
 
         self._attend(self.decoder.layers[number], hidden, kwargs, listener, values=False)

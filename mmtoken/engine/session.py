@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
@@ -27,12 +28,13 @@ from mmtoken.engine.eviction import query_module
 from mmtoken.engine.learned import check_parts
 from mmtoken.engine.prefill import Prefill
 from mmtoken.engine.prompt import Prompt, listen
-from mmtoken.engine.recorder import Recorder
+from mmtoken.engine.recorder import EpisodeState, Recorder
 from mmtoken.engine.report import Report, SiteReport
 from mmtoken.engine.reuse import VideoState
 from mmtoken.engine.selective import ReuseHooks
 from mmtoken.engine.vision import VisionHooks
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
+from mmtoken.kernels.dispatch import ran_since
 from mmtoken.tokens import VisualTokens
 
 _ATTACHED = "_mmtoken_session"
@@ -59,6 +61,7 @@ class ThreadState(threading.local):
         prefill: the decoder call in progress, if it holds visual tokens.
         decode_mask, decode_positions: logical mask and position ids of the decoder call in progress, if it does not.
         report: the report being filled.
+        ran: what had run in this thread, as `dispatch.ran` counts it, before what the report is about.
         latest: the last report filed.
         recorder: what generated tokens of earlier calls looked at, if the method asks for it.
         prompt: the prompt of the forward in progress, `asked` that of the `generate` in progress; only for methods that
@@ -77,6 +80,7 @@ class ThreadState(threading.local):
     decode_mask: Tensor | None = None
     decode_positions: Tensor | None = None
     report: Report | None = None
+    ran: Counter[tuple[str, str]]
     latest: Report | None = None
     recorder: Recorder | None = None
     prompt: Prompt | None = None
@@ -87,6 +91,7 @@ class ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.made = WeakValueDictionary()
+        self.ran = Counter()
 
 
 def check(
@@ -124,6 +129,11 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
     if "refresh" in method.sites:
         _check_reuse(backbone, method)
+    if "vision_layer" in method.sites and not backbone.plain_tower:
+        raise UnsupportedError(
+            f"{name} drops patches between blocks of a tower, and {backbone.name} joins what two towers make of "
+            "the same patches; use a method that acts after the towers."
+        )
     if decoder is None:
         if method.sites & {"llm_layer", "frames", "cache"}:
             raise UnsupportedError(f"{name} acts inside or before a whole model, and this is a {backbone.name}.")
@@ -283,6 +293,28 @@ class Session(AbstractContextManager["Session"]):
         finally:
             self.thread.videos = before
 
+    @contextmanager
+    def resuming(self, episode: EpisodeState) -> Iterator[None]:
+        """Go on with an episode that earlier calls began, maybe under another session: one control step in this block.
+
+        Without it the calls of a thread are one episode until `reset`. Methods that remember no earlier calls do not
+        look at it. Holds for this thread only, and leaves the thread's own episode as it is.
+
+        Args:
+            episode: where it stands; moves on when the block has ended well. A new `EpisodeState()` is the beginning of
+                an episode.
+        """
+        before, recording = self.thread.recorder, None if self.hooks is None else self.hooks.listening.recording
+        recorder = None if recording is None else Recorder(recording, episode.calls)
+        self.thread.recorder = recorder
+        try:
+            yield
+            if recorder is not None:
+                recorder.finish()
+                episode.calls = recorder.calls
+        finally:
+            self.thread.recorder = before
+
     def detach(self) -> None:
         """Take away every hook and attribute; safe to repeat."""
         self._undo.close()
@@ -333,6 +365,7 @@ class Session(AbstractContextManager["Session"]):
 
     def file(self, report: Report) -> None:
         """Add a finished report; features stay with the last one of each thread only."""
+        report.kernels = ran_since(self.thread.ran)
         if self.thread.latest is not None:
             self.thread.latest.tokens = None
         self.reports.append(report)

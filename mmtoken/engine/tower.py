@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput
 from mmtoken.backbones.base import Tower
 from mmtoken.compressors.base import TowerStates
 from mmtoken.errors import UnsupportedError
+from mmtoken.kernels.attention_rows import attention_rows
 from mmtoken.tokens import VisualTokens
 
 
@@ -274,6 +275,12 @@ class DenseRun(TowerRun):
     def representatives(self) -> Tensor:
         return self.left.float()[..., None]
 
+    def _part(self, call: BlockCall, place: int) -> Tensor:
+        """float[tiles, S, H * d]: queries (0), keys (1) or values (2) of a block."""
+        tower = self.tower
+        states = self.projection(call, (tower.queries, tower.keys, tower.values)[place])
+        return states.chunk(3, -1)[place] if tower.queries == tower.keys else states
+
     def keys_of(self, tokens: VisualTokens, *, joint: bool) -> Tensor:
         keys = self._keys(self.now, joint=joint)[:, self.tower.prefix :]
         places = self._places(tokens)
@@ -282,8 +289,8 @@ class DenseRun(TowerRun):
     def states_of(self, tokens: VisualTokens) -> TowerStates:
         tower, places = self.tower, self._places(tokens)
         parts = {}
-        for name, module in (("query", tower.queries), ("key", tower.keys), ("value", tower.values)):
-            states = self.projection(self.now, module).unflatten(-1, (tower.heads, -1)).transpose(1, 2)
+        for place, name in enumerate(("query", "key", "value")):
+            states = self._part(self.now, place).unflatten(-1, (tower.heads, -1)).transpose(1, 2)
             body = states[:, :, tower.prefix :]
             index = places[:, None, :, None].expand(-1, tower.heads, -1, body.shape[-1])
             per_token = (tokens.source.shape[1], self.members.shape[1])
@@ -294,10 +301,7 @@ class DenseRun(TowerRun):
     def attention(self, block: int | None, *, joint: bool) -> Tensor:
         call = self.call(block)
         heads, prefix = 1 if joint else self.tower.heads, self.tower.prefix
-        query, key = (
-            self.projection(call, name).float().unflatten(-1, (heads, -1)).transpose(1, 2)
-            for name in (self.tower.queries, self.tower.keys)
-        )
+        query, key = (self._part(call, place).float().unflatten(-1, (heads, -1)).transpose(1, 2) for place in (0, 1))
         seen = self._seen(call)
         # Without CLS all patches ask, but not padding.
         received = _received(query[:, :, :1], key, seen=seen) if prefix else _received(query, key, seen, seen)
@@ -315,7 +319,7 @@ class DenseRun(TowerRun):
         return row > torch.finfo(row.dtype).min / 2
 
     def _keys(self, call: BlockCall, *, joint: bool) -> Tensor:
-        keys = self.projection(call, self.tower.keys)
+        keys = self._part(call, 1)
         return keys if joint else _head_mean(keys, self.tower.heads)
 
     def mean_keys(self, block: int | None, *, joint: bool) -> Tensor:
@@ -328,27 +332,17 @@ class DenseRun(TowerRun):
         return self.restore(call.output, call.back)[:, self.tower.prefix :]
 
 
-def _received(
-    query: Tensor, key: Tensor, asking: Tensor | None = None, seen: Tensor | None = None, chunk: int = 256
-) -> Tensor:
-    """Attention each key receives: mean over queries, sum over heads; [.., H, q, d] and [.., H, k, d] give [.., k].
+def _received(query: Tensor, key: Tensor, asking: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+    """float32[B, k], attention each key receives: mean over queries, sum over heads.
 
-    Chunks of queries bound the memory by chunk x keys. `asking` bool[.., q] are the queries that count, `seen`
-    bool[.., k] the keys that may be looked at; None: all.
+    Args:
+        query: float[B, H, q, d].
+        key: float[B, H, k, d].
+        asking: bool[B, q], the queries that count; None: all.
+        seen: bool[B, k], the keys that may be looked at; None: all.
     """
-    total = query.new_zeros(*key.shape[:-3], key.shape[-2])
-    number: Tensor | int = query.shape[-2]
-    if asking is not None:
-        number = asking.sum(-1, keepdim=True)
-    for first in range(0, query.shape[-2], chunk):
-        scores = query[..., first : first + chunk, :] @ key.transpose(-1, -2) * key.shape[-1] ** -0.5
-        if seen is not None:
-            scores = scores.masked_fill(~seen[..., None, None, :], -torch.inf)
-        weights = scores.softmax(-1)
-        if asking is not None:
-            weights = weights * asking[..., None, first : first + chunk, None]
-        total += weights.sum((-3, -2))
-    return total / number
+    mask = None if seen is None else seen[:, None]
+    return attention_rows(query, key, mask=mask, valid=asking, mean="queries") * query.shape[1]
 
 
 class PackedRun(TowerRun):
@@ -474,7 +468,7 @@ class PackedRun(TowerRun):
         if joint:
             query, key = (x.transpose(0, 1).flatten(1)[None] for x in (query, key))
         bounds = nn.functional.pad(call.lengths.cumsum(0), (1, 0)).tolist()
-        parts = [_received(query[:, a:b], key[:, a:b]) for a, b in itertools.pairwise(bounds)]
+        parts = [_received(query[None, :, a:b], key[None, :, a:b])[0] for a, b in itertools.pairwise(bounds)]
         return self._on_grid(torch.cat(parts).view(-1, self.members).mean(-1), call)
 
     def mean_keys(self, block: int | None, *, joint: bool) -> Tensor:

@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mmtoken.models.llava_video import LlavaVideoProcessor
-from tests.backbones.tiny_models import ONEVISION, PINPOINTS, SPECIALS, TEXT_TOKENS, build, role_tokens
+from tests.backbones.tiny_models import LLAMA, ONEVISION, PINPOINTS, SPECIALS, TEXT_TOKENS, build, role_tokens
 
 __all__ = ["conversation", "photograph", "processor", "tokenizer", "video", "write_checkpoint"]
 
@@ -63,7 +63,7 @@ def _bpe(base: list[str], pre: pre_tokenizers.PreTokenizer, **options: Any) -> m
 @cache
 def _fast(family: str) -> Tokenizer:
     """The family's kind of tokenizer, special tokens at the ids of `tiny_models.special_ids`."""
-    if family == "llava":  # Llama: sentencepiece style with byte fallback, <s> in front
+    if family in LLAMA:  # sentencepiece style with byte fallback, <s> in front
         pre = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
         letters = [*"▁abcdefghijklmnopqrstuvwxyzAEHINRSTUWY:.?"]
         base = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *letters]
@@ -73,7 +73,8 @@ def _fast(family: str) -> Tokenizer:
         fast.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
-        specials = ["<unk>", "<s>", "</s>", *SPECIALS[family]]
+        # No tokenizer of OpenVLA knows the placeholder.
+        specials = ["<unk>", "<s>", "</s>", *SPECIALS[family][: 1 if family == "openvla" else None]]
     else:
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         if family == "smolvlm":  # GPT-2 with single digits
@@ -90,7 +91,7 @@ def _fast(family: str) -> Tokenizer:
             fast.normalizer = normalizers.NFC()
         specials = SPECIALS[family]
     fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    if family in ("llava", "idefics3"):
+    if family in (*LLAMA, "idefics3"):
         bos = role_tokens(family)["bos"]
         fast.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fast.token_to_id(bos))]
@@ -107,18 +108,21 @@ _TOKENIZER_CLASSES = {
     "qwen3_vl": "Qwen2Tokenizer",
     "idefics3": "PreTrainedTokenizerFast",
     "smolvlm": "GPT2Tokenizer",
+    "openvla": "LlamaTokenizer",
 }
 
 
 def _write_tokenizer(family: str, folder: Path) -> None:
     role = role_tokens(family)
     named = {f"{name}_token": role[name] for name in ("bos", "eos", "pad") if role[name] is not None}
-    if family == "llava":
+    if family in LLAMA:
         named["unk_token"] = "<unk>"
     fast = tf.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_fast(family).to_str()),
-        additional_special_tokens=[t for t in SPECIALS[family] if t not in named.values()],
-        padding_side="left",
+        additional_special_tokens=[
+            t for t in SPECIALS[family] if t not in named.values() and (family, t) != ("openvla", "<image>")
+        ],
+        padding_side="right" if family == "openvla" else "left",
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
         **named,

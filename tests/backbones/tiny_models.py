@@ -16,6 +16,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers as tf
 
+from mmtoken.models import openvla
 from mmtoken.models.llava_video import LlavaVideoConfig, LlavaVideoForConditionalGeneration
 
 __all__ = [
@@ -43,7 +44,7 @@ _QWEN_VL = [
 _ROW_COL = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
 
 # Special tokens of each family's tokenizer, in upstream order; their ids start at TEXT_TOKENS. The Llama tokenizer of
-# LLaVA keeps <unk>, <s>, </s> at 0, 1, 2.
+# LLaVA and OpenVLA keeps <unk>, <s>, </s> at 0, 1, 2.
 SPECIALS: dict[str, list[str]] = {
     "llava": ["<image>", "<pad>"],
     "llava_onevision": [*_QWEN, "<image>", "<video>"],
@@ -58,6 +59,8 @@ SPECIALS: dict[str, list[str]] = {
         "<|endoftext|>", "<|im_start|>", "<|im_end|>",
         "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *_ROW_COL,
     ],
+    # Its tokenizer ends with the padding token; the placeholder is the next row of the table.
+    "openvla": ["<PAD>", "<image>"],
 }  # fmt: skip
 
 # The tokens that play each role: (beginning or None, end, padding, image, video or None).
@@ -69,9 +72,14 @@ _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
     "qwen3_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "idefics3": ("<|begin_of_text|>", "<end_of_utterance>", "<|finetune_right_pad_id|>", "<image>", None),
     "smolvlm": ("<|im_start|>", "<end_of_utterance>", "<|im_end|>", "<image>", None),
+    "openvla": ("<s>", "</s>", "<PAD>", "<image>", None),
 }
 
-FAMILIES: tuple[str, ...] = tuple(SPECIALS)
+FAMILIES: tuple[str, ...] = tuple(family for family in SPECIALS if family != "openvla")
+"""Families that hold conversations; a robot policy has one kind of prompt and no chat template."""
+
+LLAMA = ("llava", "openvla")
+"""Families with the tokenizer of Llama-2, a tower of 4 x 4 patches and one size of image."""
 
 ONEVISION = ("llava_onevision", "llava_video")
 """Families that differ in the layout of videos alone."""
@@ -88,6 +96,7 @@ CELLS: list[tuple[str, str]] = [
     ("qwen3_vl", "video"),
     ("smolvlm", "image"),
     ("idefics3", "image"),
+    ("openvla", "image"),
 ]
 
 CASES: tuple[str, ...] = (
@@ -103,7 +112,7 @@ def video_families() -> tuple[str, ...]:
 def special_ids(family: str) -> dict[str, int]:
     """Token text to id for every special token of the family."""
     ids = {token: TEXT_TOKENS + i for i, token in enumerate(SPECIALS[family])}
-    if family == "llava":
+    if family in LLAMA:
         ids |= {"<unk>": 0, "<s>": 1, "</s>": 2}
     return ids
 
@@ -190,6 +199,8 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
             video_token_index=role["video"],
             tie_word_embeddings=False,
         )
+    if name == "openvla":
+        return openvla.OpenVLAConfig(**OPENVLA, text_config={**text, "model_type": "llama"})
     if name in ("idefics3", "smolvlm"):
         kind = tf.Idefics3Config if name == "idefics3" else tf.SmolVLMConfig
         tower = _tower(3, image_size=56, patch_size=7) if name == "idefics3" else _tower(3, image_size=48, patch_size=4)
@@ -232,6 +243,20 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
     )
 
 
+OPENVLA: dict[str, object] = {
+    "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
+    "timm_model_args": [
+        {"embed_dim": 32, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0},
+        {"embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0},
+    ],
+    "image_sizes": [56, 56],
+    "pad_token_id": TEXT_TOKENS,
+    "pad_to_multiple_of": VOCAB - TEXT_TOKENS,
+    "n_action_bins": 32,
+    "space_token_id": None,
+}
+"""Its settings but the language model's: official towers, smaller. Actions are the last text tokens, as upstream."""
+
 _BARE: dict[str, type[tf.PreTrainedModel]] = {
     "llama": tf.LlamaForCausalLM,
     "qwen2": tf.Qwen2ForCausalLM,
@@ -246,6 +271,7 @@ _MODELS: dict[str, type[tf.PreTrainedModel]] = {
     "qwen3_vl": tf.Qwen3VLForConditionalGeneration,
     "idefics3": tf.Idefics3ForConditionalGeneration,
     "smolvlm": tf.SmolVLMForConditionalGeneration,
+    "openvla": openvla.OpenVLAForActionPrediction,
     **_BARE,
 }
 
@@ -306,7 +332,7 @@ _LAYOUT: dict[str, list[tuple[int, int, list[int]]]] = {
 
 
 def _newline(family: str) -> int:
-    return 3 + 10 if family == "llava" else 10
+    return 3 + 10 if family in LLAMA else 10
 
 
 def inputs(
@@ -326,13 +352,13 @@ def inputs(
         raise KeyError(f"no cell ({family!r}, {modality!r}); there are {CELLS}")
     g = torch.Generator().manual_seed(seed)
     layout = _LAYOUT[case]
-    if family == "llava" or (family in ONEVISION and modality == "video"):
+    if family in LLAMA or (family in ONEVISION and modality == "video"):
         # one visual count per item: let the number of items differ instead
         layout = [(a, b, [1] * (2 if sizes == [2] else len(sizes))) for a, b, sizes in layout]
     role, ids = roles(family), special_ids(family)
     item_kinds = [sizes for _, _, sizes in layout]
-    if family == "llava":
-        visual, pixels = _llava(item_kinds, g)
+    if family in LLAMA:
+        visual, pixels = _llava(item_kinds, g, channels=6 if family == "openvla" else 3)
     elif family in ONEVISION:
         visual, pixels = _onevision(family, item_kinds, modality, g)
     elif family in ("idefics3", "smolvlm"):
@@ -371,7 +397,7 @@ def visual_mask(model: tf.PreTrainedModel, batch: dict[str, torch.Tensor]) -> to
 
 def _placeholder(family: str, modality: str, item: list[int], ids: dict[str, int], g: torch.Generator) -> list[int]:
     """One item's tokens in the prompt. `item`: [count] or, where it has parts, their layout (see the makers below)."""
-    if family == "llava":
+    if family in LLAMA:
         return [ids["<image>"]] * item[0]
     if family in ONEVISION:
         return [ids["<image>" if modality == "image" else "<video>"]] * item[0]
@@ -395,9 +421,9 @@ def _placeholder(family: str, modality: str, item: list[int], ids: dict[str, int
     return [start, *[pad] * (frames * per_frame), end]
 
 
-def _llava(rows: list[list[int]], g: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+def _llava(rows: list[list[int]], g: torch.Generator, channels: int) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     n = sum(map(len, rows))
-    return [[16]] * n, {"pixel_values": torch.randn(n, 3, 56, 56, generator=g)}
+    return [[16]] * n, {"pixel_values": torch.randn(n, channels, 56, 56, generator=g)}
 
 
 def _onevision(

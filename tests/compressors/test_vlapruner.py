@@ -14,7 +14,7 @@ from mmtoken import MMTokenError
 from mmtoken.compressors import VLAPruner
 from mmtoken.compressors.vlapruner import diverse, inner_rows, smooth
 from mmtoken.errors import InputError, UnsupportedError
-from mmtoken.tokens import VisualTokens
+from mmtoken.tokens import VisualTokens, top_mask
 from tests.compressors.batches import Given, act, lengths, make
 
 HISTORY = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1]])[:, None]
@@ -40,6 +40,12 @@ def test_the_official_code_lets_the_oldest_call_count_most_and_rounds_to_bfloat1
     want = torch.tensor([0.345902, 0.296721, 0.257377, 0.1])
     assert torch.equal(found, want.bfloat16().float()) and found.dtype == torch.float32
     assert int(found.argmax()) == 0
+
+
+def test_the_official_order_alone_is_a_decay_above_one():
+    found = smooth(HISTORY, 1 / 0.8, everyone(4))[0]
+    want = torch.tensor([0.345902, 0.296721, 0.257377, 0.1])  # as above, not rounded
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-6)
 
 
 def test_the_official_sum_leaves_out_what_is_not_the_items():
@@ -152,6 +158,40 @@ def test_embeddings_that_are_no_numbers_are_an_error_that_names_the_item(bad):
         act(VLAPruner(keep=0.5), tokens, context)
 
 
+# ----------------------------------------------------------------------------------------------------------- ablations
+
+
+def ranked(scores: Tensor) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))
+
+
+@pytest.mark.parametrize("variant", ["paper", "repo"])
+def test_one_branch_alone_keeps_its_own_best_tokens_after_the_same_warm_up(variant):
+    tokens, context = make([20])
+    action = smooth(context.calls, 0.8, tokens.eligible, variant=variant)[0]
+    for branch, scores in (("semantic", context.received[0]), ("action", action)):
+        for diversity in (True, False):
+            method = VLAPruner(keep=0.25, branches=branch, diversity=diversity, variant=variant)
+            assert cut(method, tokens, context) == [sorted(ranked(scores)[:5])]
+    whole = context.calls
+    context.calls = whole[:2]
+    assert act(VLAPruner(keep=0.25, branches="semantic"), tokens, context) is tokens
+
+
+@settings(deadline=None, max_examples=30)
+@given(sizes=lengths(20), seed=st.integers(0, 9999), separators=st.booleans())
+def test_without_diversity_the_best_of_either_order_are_kept(sizes, seed, separators):
+    tokens, context = make(sizes, seed, separators=separators)
+    kept = cut(VLAPruner(keep=0.3, diversity=False), tokens, context)
+    action = smooth(context.calls, 0.8, tokens.eligible)
+    for row in range(len(sizes)):
+        indices = tokens.eligible[row].nonzero()[:, 0].tolist()
+        count = max(1, math.floor(0.3 * len(indices) + 0.5)) if indices else 0
+        orders = [sorted(indices, key=lambda i: (-float(s[row, i]), i)) for s in (context.received, action)]
+        best = sorted(indices, key=lambda i: (min(order.index(i) for order in orders), i))[:count]
+        assert kept[row] == sorted(best)
+
+
 # ---------------------------------------------------------------------------------------------------------- plain loops
 
 
@@ -181,8 +221,13 @@ def test_selection_is_the_plain_loop(sizes, seed, separators, gamma):
     tokens, context = make(sizes, seed, separators=separators)
     method = VLAPruner(keep=0.3, gamma=gamma)
     left = act(method, tokens, context)
+    scores = context.received, smooth(context.calls, gamma, tokens.eligible)
+    pool = top_mask(scores[0], method.counts(tokens), tokens.eligible)
+    pool |= top_mask(scores[1], method.counts(tokens), tokens.eligible)
+    assert left.counts() == method.counts(tokens)
     for row in range(len(sizes)):
         indices = tokens.eligible[row].nonzero()[:, 0].tolist()
+        assert set(left.kept()[row].tolist()) <= set(pool[row].nonzero()[:, 0].tolist())
         assert left.kept()[row].tolist() == plain(method, context, tokens.features[row], row, indices)
 
 
@@ -233,10 +278,12 @@ def test_action_attention_comes_from_the_later_half_or_from_the_official_layer()
     ("field", "value"),
     [
         *((field, value) for field in ("layer", "window", "action_tokens") for value in (0, -1, True, "2", 2.0, None)),
-        *(("gamma", value) for value in (0, 0.0, 1.1, -0.5, math.nan, True, "0.8", None)),
+        *(("gamma", value) for value in (0, 0.0, -0.5, math.nan, math.inf, True, "0.8", None)),
         *(("recorded", value) for value in ("12", 3, (), (2, 2), (3, 1), (-1,), (True,))),
         *(("rows", value) for value in ("all", None, True)),
         *(("variant", value) for value in ("official", None, True)),
+        *(("branches", value) for value in ("none", None, ("semantic",))),
+        *(("diversity", value) for value in ("no", None, 0)),
     ],
 )
 def test_bad_settings_are_errors_that_name_them_and_a_way_out(field, value):

@@ -22,7 +22,7 @@ from mmtoken import compressors as shelf
 from mmtoken.compressors import Compressor, Trained
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, ONEVISION, build, inputs
+from tests.backbones.tiny_models import CELLS, LLAMA, ONEVISION, build, inputs
 from tests.contract import reference
 
 Cell = tuple[str, str]
@@ -180,8 +180,10 @@ def refused(name: str, cell: Cell) -> str | None:
     """Why a pair cannot be attached, in words that the error must contain; None where it can."""
     if "prepare" in COMPRESSORS[name].sites and cell[0] in DYNAMIC:
         return "before the processor"
-    if COMPRESSORS[name].patchwise_projector and cell[0] != "llava":
+    if COMPRESSORS[name].patchwise_projector and cell[0] not in LLAMA:
         return "maps every patch by itself"
+    if "vision_layer" in COMPRESSORS[name].sites and cell[0] == "openvla":
+        return "joins what two towers make"
     if "refresh" in COMPRESSORS[name].sites and (cell[0], "video") not in CELLS:
         return "reads images only"
     return None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mmtoken import compress
-from mmtoken.compressors import VLAPruner
+from mmtoken.compressors import FastV, VLAPruner
+from mmtoken.engine.recorder import EpisodeState
 from tests import oracle
 from tests.contract.matrix import Cell, assert_close, batch, dense, keeps, protected, tiny
 from tests.contract.reference import alone, kept_by_layer
@@ -66,6 +67,55 @@ def test_a_reset_begins_with_the_warm_up_again(cell: Cell) -> None:
     assert same(again[0], plain) and same(again[1], plain)
     assert not torch.equal(again[2].logits, plain.logits) and same(again[2], first[2])
     assert [kept.tolist() for kept in session.report.kept] == kept
+
+
+@cells
+def test_interleaved_episodes_of_other_sessions_and_settings_are_what_each_is_alone(cell: Cell) -> None:
+    model, other = tiny(cell[0]), dataclasses.replace(METHOD, keep=0.7, window=1, layer=1)
+    frames = {METHOD: [batch(cell, "plain", s) for s in (1, 2, 3)], other: [batch(cell, "plain", s) for s in (4, 5, 6)]}
+    want = {}
+    for method in frames:
+        with compress(model, method) as session:
+            want[method] = [(act(model, frame), [k.tolist() for k in session.report.kept]) for frame in frames[method]]
+    assert want[METHOD][2][1] != want[METHOD][1][1]
+    states = {method: EpisodeState() for method in frames}
+    bare = oracle.fingerprint(model)
+    for step in range(3):
+        for method, state in states.items():
+            with compress(model, method) as session, session.resuming(state):
+                answer = act(model, frames[method][step])
+            assert same(answer, want[method][step][0])
+            assert [k.tolist() for k in session.report.kept] == want[method][step][1]
+            assert oracle.fingerprint(model) == bare
+
+
+def test_a_step_that_fails_is_no_part_of_an_episode_and_the_thread_keeps_its_own() -> None:
+    cell: Cell = ("llava", "image")
+    model, inputs, state = tiny("llava"), batch(cell, "plain"), EpisodeState()
+    with compress(model, METHOD) as session:
+        act(model, inputs)
+        act(model, inputs)
+        with session.resuming(state):
+            act(model, inputs)
+            assert session.report.tokens_out == session.report.tokens_in
+        assert len(state.calls) == 1
+        before = state.calls
+        with pytest.raises(RuntimeError, match="arm"), session.resuming(state):
+            act(model, inputs)
+            raise RuntimeError("the arm hit something")
+        assert state.calls is before and len(before) == 1
+        act(model, inputs)
+        assert sum(session.report.tokens_out) < sum(session.report.tokens_in)
+
+
+def test_methods_without_a_memory_do_not_look_at_the_episode() -> None:
+    cell: Cell = ("llava", "image")
+    model, inputs, state = tiny("llava"), batch(cell, "plain"), EpisodeState()
+    with compress(model, FastV(keep=0.4, layer=2)) as session:
+        plain = act(model, inputs)
+        with session.resuming(state):
+            assert same(act(model, inputs), plain)
+    assert state == EpisodeState()
 
 
 @cells

@@ -18,7 +18,7 @@ from torch import Tensor
 from mmtoken.compressors import EVS, CDPruner, DyCoke, HoloV, PruMerge, STCPruner, VidCom2, VisPruner
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, visual_mask
+from tests.backbones.tiny_models import CELLS, LLAMA, visual_mask
 from tests.compressors import (
     test_cdpruner,
     test_dycoke,
@@ -36,6 +36,7 @@ from tests.contract.test_merging import (
     _clip_patches,
     assert_same_features,
     features_left,
+    openvla_states,
     projected,
     report_of,
     tower_facts,
@@ -79,7 +80,7 @@ def facts(
     inputs, separators = batch(cell, case, seed), protected(cell, case, seed)
     embeds = projected(cell, case, seed)
     attention, keys = tower(cell, case, seed)
-    patches = _clip_patches(cell, case, seed) if cell[0] == "llava" else None
+    patches = _clip_patches(cell, case, seed) if cell[0] in LLAMA else None
     text = inputs["attention_mask"].bool() & ~visual_mask(tiny(cell[0]), inputs)
     found, start = [], 0
     for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
@@ -217,6 +218,10 @@ def last_block(cell: Cell, case: str, seed: int) -> tuple[Tensor, Tensor]:
     """(attention float[tokens], keys float[tokens, d]) in the tower's last block, without heads, in prompt order."""
     family, inputs = cell[0], batch(cell, case, seed)
     model = tiny(family)
+    if family == "openvla":  # the last block never runs, the one before it is the last
+        query, key = (states.transpose(1, 2).flatten(2) for states in openvla_states(model, inputs))
+        weights = (query @ key.transpose(1, 2) / math.sqrt(key.shape[-1])).softmax(-1)
+        return weights[:, 0, 5:].flatten(), key[:, 5:].flatten(0, 1)
     tower = model.base_model.vision_model if family in IDEFICS else model.base_model.vision_tower
     block = tower.encoder.layers[-1].self_attn
     seen: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS
+from tests.backbones.tiny_models import CELLS, LLAMA
 from tests.contract.matrix import (
     COMPRESSORS,
     TILED,
@@ -106,6 +106,11 @@ def tower_facts(cell: Cell, case: str, seed: int = 1) -> tuple[Tensor, Tensor]:
     model = tiny(family, "eager")
     if family in QWEN:
         return _qwen_facts(model, cell, inputs)
+    if family == "openvla":
+        query, keys = openvla_states(model, inputs)
+        weights = torch.einsum("thqd,thkd->thqk", query[:, :, :1], keys) * keys.shape[-1] ** -0.5
+        # What CLS pays to the patches behind the registers.
+        return weights.softmax(-1)[:, :, 0, 5:].sum(1).flatten(), keys.mean(1)[:, 5:].flatten(0, 1)
     tower = model.base_model.vision_model if family in IDEFICS else model.base_model.vision_tower
     block = tower.encoder.layers[-2 if family == "llava" else -1].self_attn
     seen: dict[str, Any] = {}
@@ -148,6 +153,17 @@ def tower_facts(cell: Cell, case: str, seed: int = 1) -> tuple[Tensor, Tensor]:
         torch.stack([received[:, square].mean(1) for square in squares], 1).flatten(),
         torch.stack([keys[:, square].mean(1) for square in squares], 1).flatten(0, 1),
     )
+
+
+def openvla_states(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Queries and keys float[images, H, S, d] of the block of DINOv2 that the projector reads."""
+    found: list[Tensor] = []
+    attention = model.vision_backbone.featurizer.blocks[-2].attn
+    handle = attention.qkv.register_forward_hook(lambda module, args, output: found.append(output))
+    logits(model, inputs)
+    handle.remove()
+    query, key, _ = found[0].unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return query, key
 
 
 def _qwen_facts(model: nn.Module, cell: Cell, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -214,7 +230,7 @@ def zipped(name: str, cell: Cell, case: str, seed: int, report: Report) -> tuple
     separators = protected(cell, case, seed)
     attention, keys = tower_facts(cell, case, seed)
     embeds = projected(cell, case, seed)
-    patches = _clip_patches(cell, case, seed) if family == "llava" else None
+    patches = _clip_patches(cell, case, seed) if family in LLAMA else None
     start, gap = 0, math.inf
     left = []
     for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
@@ -237,8 +253,10 @@ def zipped(name: str, cell: Cell, case: str, seed: int, report: Report) -> tuple
         for anchor, mine in members.items():
             want[anchor] = values[anchor] + values[mine].mean(0) if mine else values[anchor]
         if patches is not None:
+            root = tiny(family).base_model
+            projector = root.projector if family == "openvla" else root.multi_modal_projector
             with torch.no_grad():
-                want = {i: tiny(family).base_model.multi_modal_projector(value) for i, value in want.items()}
+                want = {i: projector(value) for i, value in want.items()}
         left.append(want)
         start += len(places)
     return left, gap
@@ -259,7 +277,9 @@ def test_visionzip_keeps_and_merges_what_its_formulas_say(name: str, cell: Cell,
 
 @torch.no_grad()
 def _clip_patches(cell: Cell, case: str, seed: int = 1) -> Tensor:
-    """float[images * patches, D]: what the projector of the unmodified LLaVA gets."""
+    """float[images * patches, D]: what the projector of the unmodified LLaVA or OpenVLA gets."""
+    if cell[0] == "openvla":
+        return tiny(cell[0]).vision_backbone(batch(cell, case, seed)["pixel_values"]).flatten(0, 1)
     tower = tiny(cell[0]).base_model.vision_tower
     states = tower(batch(cell, case, seed)["pixel_values"], output_hidden_states=True).hidden_states
     return states[-2][:, 1:].flatten(0, 1)

@@ -122,7 +122,7 @@ def reference(
             use_cache=False,
             **deepstack,
         )[0]
-    logits: Tensor = model.lm_head(hidden)
+    logits: Tensor = model.get_output_embeddings()(hidden)
     return logits
 
 

@@ -42,7 +42,8 @@ def tiny(family: str, attn: str = "sdpa") -> nn.Module:
 
 def hosts(family: str) -> list[str]:
     """Names in `BEFORE_DECODER` that a family can host."""
-    return [name for name in BEFORE_DECODER if not (name == "downscale" and family in QWEN)]
+    refused = {"downscale"} if family in QWEN else {"tome"} if family == "openvla" else set()
+    return [name for name in BEFORE_DECODER if name not in refused]
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:

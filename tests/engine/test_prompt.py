@@ -23,7 +23,8 @@ Seen = list[tuple[str, Tensor, Tensor]]
 SEEN: Seen = []
 """(site, prompt embeddings, question states) of every row of tokens, in the order in which they were asked for."""
 
-cells = pytest.mark.parametrize("cell", CELLS, ids="-".join)
+# The reader acts inside the tower, which OpenVLA refuses.
+cells = pytest.mark.parametrize("cell", [cell for cell in CELLS if cell[0] != "openvla"], ids="-".join)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Closed-loop control: policies that act on pictures, and episodes that remember what their actions looked at."""
