@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from mmtoken.datasets.demonstrations import Demonstration, DemonstrationBatches
 from mmtoken.datasets.tabletop import BASE_SIZE, ITEM_SIZE, SIZE, TEMPLATES, Thing
 from mmtoken.errors import CheckpointError
 from mmtoken.models.tiny_openvla import NetworkConfig, TinyOpenVLA, build_network, build_processor, export
+from mmtoken.models.tiny_openvla.objective import GUIDED_HEADS
 from mmtoken.models.tiny_openvla.packing import ActionBatch, encode, pack, pixels, soft_targets
 from mmtoken.models.tiny_openvla.processor import BINS, IMAGE_ID, SPACE_ID, UNK_ID, VISUAL_TOKENS, VOCABULARY, WORDS
 
@@ -58,7 +60,7 @@ def test_packed_instructions_equal_instructions_given_alone(
 ) -> None:
     processor = build_processor()
     with torch.no_grad():
-        found, _ = objective.decode(objective.network.vision_backbone(batch.pixels), batch)
+        found, *_ = objective.decode(objective.network.vision_backbone(batch.pixels), batch)
     at = 0
     for d in demonstrations[:2]:
         for text, action in zip(d.instructions, d.actions, strict=True):
@@ -118,8 +120,8 @@ def test_pointers_stand_where_the_words_are(demonstrations: list[Demonstration],
     for b, d in enumerate(demonstrations):
         for q, order in enumerate(d.orders):
             item, base, last = (int(batch.packed.text[b, i]) for i in batch.readers[b, q])
-            assert VOCABULARY[item] == d.scene.items[order.item].shape
-            assert VOCABULARY[base] == d.scene.bases[order.base].shape
+            assert VOCABULARY[item] == d.scene.items[order.item].color
+            assert VOCABULARY[base] == d.scene.bases[order.base].color
             assert last == SPACE_ID
             assert (batch.packed.question[b, batch.readers[b, q]] == q).all()
             where = batch.points[b, q].numpy() * 8 - np.array(d.camera)
@@ -127,12 +129,33 @@ def test_pointers_stand_where_the_words_are(demonstrations: list[Demonstration],
             goal = (d.scene.bases[order.base] if carrying else d.scene.items[order.item]).at
             expected = [d.scene.items[order.item].at, d.scene.bases[order.base].at, goal, d.scene.gripper]
             np.testing.assert_allclose(where, expected, atol=1e-4)
-            assert ((0 <= batch.points) & (batch.points <= SIZE / 8)).all()
+            assert ((batch.points >= 0) & (batch.points <= SIZE / 8)).all()
+
+
+def test_attention_is_guided_to_what_is_named(objective: TinyOpenVLA, batch: ActionBatch) -> None:
+    """Loops over pictures, instructions and heads, with a Gaussian written out."""
+    with torch.no_grad():
+        _, _, attention = objective.decode(objective.network.vision_backbone(batch.pixels), batch)
+        found = float(objective.guide_loss(attention, batch))
+    total = 0.0
+    for number, layer in enumerate((objective.word_layer, objective.word_layer, objective.goal_layer)):
+        losses = []
+        for b in range(len(batch.pixels)):
+            for q in range(6):
+                x, y = batch.points[b, q, number].tolist()
+                weights = [math.exp(-((x - k % 8 - 0.5) ** 2 + (y - k // 8 - 0.5) ** 2) / 0.5) for k in range(64)]
+                for head in range(GUIDED_HEADS):
+                    paid = attention[layer - 1][b, head, int(batch.readers[b, q, number])].tolist()
+                    losses.append(
+                        -sum(w * math.log(a + 1e-6) for w, a in zip(weights, paid, strict=True)) / sum(weights)
+                    )
+        total += sum(losses) / len(losses)
+    assert found == pytest.approx(total, rel=1e-4)
 
 
 def test_the_tower_is_trained_first(objective: TinyOpenVLA, batch: ActionBatch) -> None:
     assert set(objective.losses(batch, objective.tower_steps - 1)) == {"patches"}
-    assert set(objective.losses(batch, objective.tower_steps)) == {"patches", "actions", "pointing"}
+    assert set(objective.losses(batch, objective.tower_steps)) == {"patches", "actions", "pointing", "guiding"}
     assert all(torch.isfinite(v) for v in objective.losses(batch).values())
 
 
@@ -146,6 +169,7 @@ def test_fit_trains_and_what_is_exported_acts_the_same(tmp_path: Path, capsys: p
         f"--trainer.callbacks.dirpath={checkpoints}",
         "--trainer.callbacks.every_n_train_steps=3",
         "--trainer.max_steps=3",
+        "--trainer.log_every_n_steps=1",
         "--trainer.val_check_interval=3",
         "--model.tower_steps=1",
         "--model.word_layer=1",
@@ -169,6 +193,6 @@ def test_fit_trains_and_what_is_exported_acts_the_same(tmp_path: Path, capsys: p
     with torch.no_grad():
         expected, found = trained.eval()(**inputs).logits, model(**inputs).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(CheckpointError, match="TinyOpenVLA"):
+    with pytest.raises(CheckpointError, match=r"none\.ckpt"):
         export(tmp_path / "none.ckpt", tmp_path / "other")
     capsys.readouterr()

@@ -12,26 +12,32 @@ from mmtoken.datasets.demonstrations import Demonstration
 from mmtoken.datasets.tabletop import ACTIONS
 from mmtoken.models.openvla import OpenVLAForActionPrediction
 from mmtoken.models.tiny_openvla.network import NetworkConfig, PatchHeads, Pointers, build_network
-from mmtoken.models.tiny_openvla.packing import ActionBatch, common_ids, pack, soft_targets
-from mmtoken.models.tiny_openvla.processor import BINS, BOS_ID, WORDS
+from mmtoken.models.tiny_openvla.packing import ActionBatch, around, common_ids, pack, soft_targets
+from mmtoken.models.tiny_openvla.processor import BINS, BOS_ID, VISUAL_TOKENS, WORDS
 from mmtoken.training.objective import Objective
+
+GUIDED_HEADS = 2
+"""Heads whose attention is guided; the others are free."""
+_VISUAL = slice(1, 1 + VISUAL_TOKENS)
 
 
 class TinyOpenVLA(Objective):
     """Objective of tiny-openvla.
 
     OpenVLA begins with a vision-language model that can see and knows what words mean. What stands in for this here:
-    for `tower_steps` only the tower is trained, to tell what is on each patch; after that, two layers of the decoder
-    are asked where the named things are.
+    for `tower_steps` only the tower is trained, to tell what is on each patch; after that, colour words and the last
+    prompt token are asked where the things are that they name, and some of their attention is guided there. (In a first
+    350 such steps the read-outs of item words fell to 1.3 nats with guidance and to 3.6 without.) Guided attention
+    favours methods that rank visual tokens by attention.
 
     Args:
         network: sizes of the network.
         tower_steps: steps in which the tower is trained alone.
         bin_width: standard deviation of the target around the expert's number, in bins.
         patch_weight: weight of the losses on patches.
-        point_weight: weight of the losses on pointing.
-        word_layer: after how many decoder layers the words point.
-        goal_layer: after how many the last prompt token does.
+        point_weight: weight of the losses on pointing and on guided attention.
+        word_layer: after how many decoder layers the words point; in the last of these their attention is guided.
+        goal_layer: the same of the last prompt token.
         background_weight: weight of patches without content.
         learning_rate: peak of the schedule.
         warmup_steps: steps of linear warm-up; a cosine down to 2 % follows.
@@ -46,11 +52,11 @@ class TinyOpenVLA(Objective):
         tower_steps: int = 300,
         bin_width: float = 6.0,
         patch_weight: float = 0.3,
-        point_weight: float = 0.3,
-        word_layer: int = 3,
+        point_weight: float = 0.5,
+        word_layer: int = 2,
         goal_layer: int = 4,
         background_weight: float = 0.1,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 1.5e-3,
         warmup_steps: int = 100,
         weight_decay: float = 0.05,
         beta2: float = 0.98,
@@ -62,6 +68,8 @@ class TinyOpenVLA(Objective):
         self.network: OpenVLAForActionPrediction = build_network(self.config)
         # Eager attention with an additive mask trains about twice as fast as SDPA on CPU; saved models do not keep it.
         self.network.language_model.set_attn_implementation("eager")
+        for block in self.network.vision_backbone.featurizer.blocks:
+            block.attn.fused_attn = False
         self.patch_heads = PatchHeads(self.config.vision_width)
         self.pointers = Pointers(self.config.width, 4)
         self.tower_steps, self.bin_width = tower_steps, bin_width
@@ -70,12 +78,16 @@ class TinyOpenVLA(Objective):
         self.background_weight = background_weight
         self._errors: list[Tensor] = []
 
-    def decode(self, patches: Tensor, batch: ActionBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Log-probabilities of bins float[labels, 255], and hidden states of the text float[B, S, D] after each layer.
+    def decode(self, patches: Tensor, batch: ActionBatch) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What the decoder answers, and what it does on the way.
 
         Args:
             patches: float[B, 64, D_v], output of the tower.
             batch: the instructions.
+
+        Returns:
+            Log-probabilities of bins float[labels, 255]; hidden states of the text float[B, S, D], of the embedding and
+            after each layer; the text's attention to the patches float[B, H, S, 64] in each layer.
         """
         model = self.network.language_model
         embed = self.network.get_input_embeddings()
@@ -90,12 +102,14 @@ class TinyOpenVLA(Objective):
             position_ids=batch.packed.positions,
             use_cache=False,
             output_hidden_states=True,
+            output_attentions=True,
         )
         prefix = sequence.shape[1] - batch.packed.text.shape[1]
         asked = out.last_hidden_state[:, prefix:][batch.packed.labels >= 0]
         bins = torch.arange(WORDS - 1, WORDS - 1 - BINS, -1, device=visual.device)
         logits = model.lm_head(asked).float()
-        return logits.log_softmax(-1)[:, bins], tuple(h[:, prefix:] for h in out.hidden_states)
+        hidden = tuple(h[:, prefix:] for h in out.hidden_states)
+        return logits.log_softmax(-1)[:, bins], hidden, tuple(a[:, :, prefix:, _VISUAL] for a in out.attentions)
 
     def losses(self, batch: ActionBatch, step: int | None = None) -> dict[str, Tensor]:
         """Every term of the loss, weighted; their sum is what is minimised.
@@ -108,11 +122,12 @@ class TinyOpenVLA(Objective):
         terms = {"patches": self.patch_weight * self.patch_loss(patches, batch)}
         if step is not None and step < self.tower_steps:
             return terms
-        found, hidden = self.decode(patches, batch)
+        found, hidden, attention = self.decode(patches, batch)
         target = soft_targets(batch.actions, self.bin_width)
         # The entropy of the target is what a perfect policy is left with.
         terms["actions"] = F.kl_div(found, target, reduction="batchmean")
         terms["pointing"] = self.point_weight * self.point_loss(hidden, batch)
+        terms["guiding"] = self.point_weight * self.guide_loss(attention, batch)
         return terms
 
     def patch_loss(self, patches: Tensor, batch: ActionBatch) -> Tensor:
@@ -138,14 +153,31 @@ class TinyOpenVLA(Objective):
         """
         rows = torch.arange(len(batch.readers), device=batch.readers.device)[:, None]
         loss = hidden[0].new_zeros((), dtype=torch.float32)
-        for number, (reader, layer) in enumerate(
-            ((0, self.word_layer), (1, self.word_layer), (2, self.goal_layer), (2, self.goal_layer))
-        ):
+        for number, (reader, layer) in enumerate(self._asked(("item", "base", "goal", "gripper"))):
             read = hidden[layer][rows, batch.readers[..., reader]]
-            part = self.pointers.loss(number, read, batch.points[:, :, number])
-            loss = loss + part
-            self._parts = {**getattr(self, "_parts", {}), f"pt{number}": part.detach()}  # DEBUG
+            loss = loss + self.pointers.loss(number, read, batch.points[:, :, number])
         return loss
+
+    def guide_loss(self, attention: Sequence[Tensor], batch: ActionBatch) -> Tensor:
+        """Cross-entropy between attention and the patches around what is named, in the first `GUIDED_HEADS` heads.
+
+        Args:
+            attention: float[B, H, S, 64], of each layer.
+            batch: who attends, and where the things are.
+        """
+        rows = torch.arange(len(batch.readers), device=batch.readers.device)[:, None]
+        loss = attention[0].new_zeros((), dtype=torch.float32)
+        for number, (reader, layer) in enumerate(self._asked(("item", "base", "goal"))):
+            # float[B, Q, H, 64]
+            paid = attention[layer - 1][rows, :GUIDED_HEADS, batch.readers[..., reader]].float()
+            wanted = around(batch.points[:, :, number])[:, :, None]
+            loss = loss - (wanted * (paid + 1e-6).log()).sum(-1).mean()
+        return loss
+
+    def _asked(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """(which of `ActionBatch.readers` is asked, after how many layers) for each of the things."""
+        who = {"item": (0, self.word_layer), "base": (1, self.word_layer)}
+        return [who.get(name, (2, self.goal_layer)) for name in names]
 
     # Lightning hooks
 
@@ -165,7 +197,7 @@ class TinyOpenVLA(Objective):
         self._errors = []
 
     def validation_step(self, batch: ActionBatch, batch_idx: int) -> None:
-        found, _ = self.decode(self.network.vision_backbone(batch.pixels), batch)
+        found, _, _ = self.decode(self.network.vision_backbone(batch.pixels), batch)
         numbers = (found.argmax(dim=-1) + 0.5) * (2 / BINS) - 1
         self._errors.append((numbers - batch.actions).abs().view(-1, len(ACTIONS)).cpu())
 

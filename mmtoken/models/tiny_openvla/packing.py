@@ -58,7 +58,7 @@ class ActionBatch:
         classes: int64[5, B, 64], see `PATCH_CLASSES`.
         places: float[B, 64, 6], where in the picture the item, the base and the gripper on a patch have their centres,
             -1 to 1 from edge to edge; only where the class says that there is one.
-        readers: int64[B, Q, 3], text positions of the item's shape, of the base's and of the last prompt token.
+        readers: int64[B, Q, 3], text positions of the item's colour, of the base's and of the last prompt token.
         points: float[B, Q, 4, 2], what `Pointers` read there: centres of the item, the base, the goal and the gripper
             in the picture, in patches.
     """
@@ -106,7 +106,7 @@ def pointing(demonstrations: Sequence[Demonstration], rows: Sequence[Sequence[En
         start = 0
         for order, one in zip(d.orders, row, strict=True):
             item, base = (next(i for i, token in enumerate(one.ids) if token in wanted) for wanted in (items, bases))
-            readers.append((start + item, start + base, start + one.prompt - 1))
+            readers.append((start + item - 1, start + base - 1, start + one.prompt - 1))
             start += len(one.ids) - 1
             scene = d.scene
             points.append([scene.items[order.item].at, scene.bases[order.base].at, goal(scene, order), scene.gripper])
@@ -114,6 +114,14 @@ def pointing(demonstrations: Sequence[Demonstration], rows: Sequence[Sequence[En
     shifts = torch.tensor([d.camera for d in demonstrations])[:, None, None]
     where = (torch.tensor(points).view(*shape, 4, 2) + shifts) / PATCH_SIZE
     return torch.tensor(readers).view(*shape, 3), where
+
+
+def around(points: Tensor, width: float = 0.5) -> Tensor:
+    """Weights of the patches, float[..., 64], a Gaussian around each of the points float[..., 2]; all in patches."""
+    side = SIZE // PATCH_SIZE
+    steps = torch.arange(side, device=points.device) + 0.5
+    centres = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).view(-1, 2)
+    return torch.softmax((points[..., None, :] - centres).square().sum(-1) / (-2 * width**2), -1)
 
 
 def pixels(images: NDArray[np.uint8]) -> Tensor:
