@@ -2,7 +2,7 @@
 
 Behaviour cloning on an expert's own paths fails where the policy strays from them. Here states are drawn directly
 instead: grippers anywhere and near things, open, carrying any item, closed on nothing, items that were let go in odd
-places. Each state is labelled with the expert's action for each item with each base. A batch is a function of `(seed,
+places. Each state is labelled with the expert's action for six instructions. A batch is a function of `(seed,
 step)` alone, so a run that goes on from a checkpoint sees what the uninterrupted one would have seen.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 
 import lightning as L
 import numpy as np
@@ -21,8 +20,9 @@ from mmtoken.datasets.tabletop import SIZE, SPREAD, TEMPLATES, Frame, Order, Sce
 from mmtoken.datasets.vqa_mix import split_seed
 from mmtoken.errors import InputError
 
-_SCATTER = 5.0
-"""Standard deviation of grippers near things, px."""
+_SCATTER = (0.0, 0.0, 0.0, 6.0, 6.0, 6.0, 2.5, 2.5, 2.5, 2.5)
+"""Standard deviations of grippers near things, px, each as often as the others; 0: anywhere. The smallest are where the
+grip is decided: along a path that is one step in six, among states drawn evenly one in a hundred."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Demonstration:
         scene: what the picture shows.
         camera: shift of the picture, px to the right and down.
         image: uint8[64, 64, 3].
-        orders: what is asked for, each item with each base.
-        actions: float32[orders, 3], the expert's for each of them.
+        orders: six things that might be asked for.
+        actions: float32[6, 3], the expert's for each of them.
     """
 
     scene: Scene
@@ -52,8 +52,7 @@ class Demonstration:
 def draw_demonstration(rng: np.random.Generator) -> Demonstration:
     """A state that is not on any path in particular, with its labels."""
     scene = _draw_state(rng)
-    pairs = product(range(len(scene.items)), range(len(scene.bases)))
-    orders = tuple(Order(item, base, int(rng.integers(len(TEMPLATES)))) for item, base in pairs)
+    orders = tuple(Order(item, base, int(rng.integers(len(TEMPLATES)))) for item, base in _draw_pairs(rng, scene))
     x, y = rng.integers(-SPREAD - 1, SPREAD + 2, 2).tolist()
     return Demonstration(
         scene,
@@ -72,11 +71,21 @@ def _draw_state(rng: np.random.Generator) -> Scene:
         scene = _put(scene, int(rng.integers(count)), spot)
     carrying = rng.random() < 0.5
     things = scene.bases if carrying else scene.items
-    gripper = _somewhere(rng) if rng.random() < 0.5 else _near(rng, things[int(rng.integers(len(things)))].at, _SCATTER)
+    scatter = rng.choice(_SCATTER)
+    gripper = _near(rng, things[int(rng.integers(len(things)))].at, scatter) if scatter else _somewhere(rng)
     if not carrying:
         return replace(scene, gripper=gripper, closed=bool(rng.random() < 0.12))
     held = int(rng.integers(count))
     return replace(_put(scene, held, gripper), gripper=gripper, closed=True, held=held)
+
+
+def _draw_pairs(rng: np.random.Generator, scene: Scene) -> list[tuple[int, int]]:
+    """Six (item, base): each with each; or, while an item is carried, that one four times and each other one once."""
+    items, bases = range(len(scene.items)), range(len(scene.bases))
+    if scene.held is None:
+        return [(item, base) for item in items for base in bases]
+    others = [(item, int(rng.choice(bases))) for item in items if item != scene.held]
+    return [*((scene.held, base) for base in bases for _ in range(2)), *others]
 
 
 def _somewhere(rng: np.random.Generator) -> tuple[float, float]:
