@@ -140,6 +140,15 @@ class Backbone(ABC):
         return _CLIP_SCALE if kind.startswith(("clip", "qwen2")) else _HALF_SCALE
 
     @property
+    def action_queries(self) -> int:
+        """How many tokens at the end of each prompt row are action queries of a policy that answers in one forward.
+
+        Methods that ask for the prompt's text or its rows do not see them, and what they look at is recorded in the
+        place of generated tokens.
+        """
+        return 0
+
+    @property
     def feature_layers(self) -> int:
         """How many tower layers the projector reads side by side."""
         layers = getattr(self.model.config, "vision_feature_layer", None)

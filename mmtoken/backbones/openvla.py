@@ -11,14 +11,14 @@ from mmtoken.backbones.base import Backbone, Layout, Modality, Tower, prefix_fla
 
 
 class OpenVLA(Backbone):
-    """`mmtoken.models.openvla.OpenVLAForActionPrediction`.
+    """`mmtoken.models.openvla.OpenVLAForActionPrediction` and `OpenVLAForActionChunks`.
 
     Facts of the tower (attention, keys, features) are those of the first tower, DINOv2 in official models: both towers
     see the same patches.
     """
 
     name: ClassVar[str] = "OpenVLA"
-    model_types: ClassVar[tuple[str, ...]] = ("openvla",)
+    model_types: ClassVar[tuple[str, ...]] = ("openvla", "openvla_chunks")
     tokenwise_projector: ClassVar[bool] = True
     plain_tower: ClassVar[bool] = False
 
@@ -49,6 +49,10 @@ class OpenVLA(Backbone):
             output="proj",
             norms=("norm1", "norm2"),
         )
+
+    @property
+    def action_queries(self) -> int:
+        return int(self.model.config.action_queries)
 
     def widths(self) -> tuple[int, int]:
         facts = self.root.vision_backbone.config

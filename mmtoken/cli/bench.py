@@ -122,15 +122,15 @@ def _benchmarks(model: str) -> tuple[str, ...]:
     """What a model of the zoo was trained for; the first entry's benchmarks for any other model.
 
     Raises:
-        MMTokenError: it answers questions about videos.
+        MMTokenError: it answers no questions about single pictures.
     """
-    found = next((entry.benchmarks for entry in ZOO if entry.name == model), ZOO[0].benchmarks)
-    if not found:
+    found = next((entry for entry in ZOO if entry.name == model), ZOO[0])
+    if not found.benchmarks:
         raise MMTokenError(
-            f"model={model!r} answers questions about videos; use: python -m mmtoken.evaluation.video --model {model} "
+            f"model={model!r} answers no questions about single pictures; use: python -m {found.evaluation} "
             "--out FOLDER"
         )
-    return found
+    return found.benchmarks
 
 
 def _documents(options: Any, device: Any) -> int:

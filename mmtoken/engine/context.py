@@ -196,7 +196,7 @@ class CallContext(Context):
             received = states.row_attention(call.last_row()[:, None])
         elif rows == "all":
             everything = torch.arange(cut.index.shape[1], device=columns.device).expand_as(cut.index)
-            received = states.row_attention(everything, call.real.gather(1, cut.index) & cut.valid_mask())
+            received = states.row_attention(everything, call.said.gather(1, cut.index) & cut.valid_mask())
         else:
             return self._attention_per_item(columns, states, rows)
         return received[call.items.row_index[:, None], columns]

@@ -191,6 +191,7 @@ class DecoderHooks:
             dropped=~everything,
             cache=cache,
             input_ids=state.input_ids,
+            queries=self.backbone.action_queries,
         )
         state.prefill = call
         call.prompt = prompt_of(self.session, call)
@@ -347,6 +348,7 @@ class DecoderHooks:
             tokens=_prompt_tokens(items, embeds),
             dropped=~everything,
             input_ids=input_ids,
+            queries=self.backbone.action_queries,
         )
         call.prompt = prompt_of(self.session, call)
         embeds, keep = self._decide(call)

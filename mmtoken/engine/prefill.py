@@ -321,6 +321,7 @@ class Prefill:
         weight: float[B, L] log(size) of merged tokens, None while there are none or nobody asks for them.
         layer_weight: per decoder layer float[B, 1, n], those of its sequence.
         prompt: its text (a `Prompt`), for methods that read it.
+        queries: how many tokens at the end of each row are action queries, see `Backbone.action_queries`.
     """
 
     items: Items
@@ -347,11 +348,22 @@ class Prefill:
     layer_weight: dict[int, Tensor] = field(default_factory=dict)
     started: float = 0.0
     prompt: Any = None
+    queries: int = 0
+
+    @functools.cached_property
+    def said(self) -> Tensor:
+        """bool[B, L]: the real tokens but action queries."""
+        return without_last(self.real, self.queries)
 
     @property
     def last_token(self) -> Tensor:
-        """int[B]: position of each row's last real token."""
-        return (self.real * torch.arange(self.length, device=self.real.device)).amax(-1)
+        """int[B]: position of the last of these in each row."""
+        return (self.said * torch.arange(self.length, device=self.real.device)).amax(-1)
+
+    def query_rows(self) -> Tensor:
+        """int[B, queries]: rows of the action queries in the current sequence."""
+        places = (self.real & ~self.said).nonzero()[:, 1].view(len(self.real), self.queries)
+        return self.cut.rank.gather(1, places)
 
     @functools.cached_property
     def visual(self) -> Tensor:
@@ -401,6 +413,11 @@ class Prefill:
         where = tokens.valid
         changed[rows.expand_as(places)[where], places[where]] = tokens.features[where].to(hidden.dtype)
         return changed
+
+
+def without_last(real: Tensor, count: int) -> Tensor:
+    """bool[B, L]: `real` bool[B, L] without the last `count` of each row."""
+    return real & (real.flip(-1).cumsum(-1).flip(-1) > count) if count else real
 
 
 def most_mass(tokens: VisualTokens, mass: Tensor, keep: int | float) -> VisualTokens:

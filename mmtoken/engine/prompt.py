@@ -15,7 +15,7 @@ from mmtoken.backbones.base import Backbone, Layout, Modality
 from mmtoken.engine import gather, masks
 from mmtoken.engine.compat import cache_in
 from mmtoken.engine.encode import EncoderCall
-from mmtoken.engine.prefill import Prefill, assign, check_counts
+from mmtoken.engine.prefill import Prefill, assign, check_counts, without_last
 from mmtoken.engine.tower import DenseRun, PackedRun, TowerRun
 from mmtoken.errors import InputError, UnsupportedError
 
@@ -180,7 +180,9 @@ def read_prompt(
         return None
     everything = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
     visual = placeholders(session, ids, embeds)
-    text = masks.real_tokens(masks.full_attention(mask), everything, past)
+    text = without_last(
+        masks.real_tokens(masks.full_attention(mask), everything, past), session.backbone.action_queries
+    )
     for places in visual.values():
         text = text & ~places
 
@@ -283,7 +285,7 @@ def prompt_of(session: Session, call: Prefill) -> Prompt | None:
     """The prompt of a decoder call with visual tokens, for methods that read it."""
     if "prompt" not in session.compressor.needs:
         return None
-    text = call.real & ~call.visual
+    text = call.said & ~call.visual
     decoder = functools.partial(decode, session)
     return Prompt(lambda: call.embeds, text, {}, session.thread.labels, decoder, call.input_ids)
 

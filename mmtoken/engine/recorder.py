@@ -29,7 +29,8 @@ class Recorder:
     """Attention of generated tokens to the visual tokens of their prompt, of one thread.
 
     The first generated token comes from the prompt's last row, each later one from a decoding step. A call counts once
-    it has generated as many tokens as are wanted; dropped visual tokens receive nothing.
+    it has generated as many tokens as are wanted; dropped visual tokens receive nothing. Where the prompt ends with
+    action queries, what they look at on average is recorded instead, and the call counts at once.
 
     Attributes:
         calls: float32[I, N] of each finished call, oldest first.
@@ -39,20 +40,21 @@ class Recorder:
         self.recording = recording
         self.calls = list(calls)
         self._steps: list[Tensor] = []
+        self._wanted = recording.tokens
         self._rows = self._columns = torch.zeros(0, dtype=torch.long)
         self._valid = torch.zeros(0, 0, dtype=torch.bool)
 
     def begin(self, call: Prefill) -> None:
         """A new prompt: what the call before recorded becomes part of the history."""
         self.finish()
+        self._wanted = 1 if call.queries else self.recording.tokens
         self._rows, self._valid = call.items.row_index, call.items.valid
         self._columns = call.items.places + call.past
 
     def finish(self) -> None:
         """Close the call in progress."""
-        wanted = self.recording.tokens
-        if len(self._steps) >= wanted:
-            self.calls.append(torch.stack(self._steps[-wanted:]).mean(0))
+        if len(self._steps) >= self._wanted:
+            self.calls.append(torch.stack(self._steps[-self._wanted :]).mean(0))
             del self.calls[: -self.recording.calls]
         self._steps = []
 
@@ -61,8 +63,8 @@ class Recorder:
         self.calls, self._steps = [], []
 
     def note_prompt(self, number: int, call: Prefill, states: LayerStates) -> None:
-        """The prompt's last row in a recorded layer."""
-        received = states.row_attention(call.last_row()[:, None])
+        """The prompt's last row, or its action queries, in a recorded layer."""
+        received = states.row_attention(call.query_rows() if call.queries else call.last_row()[:, None])
         left = torch.zeros_like(call.real).scatter(1, states.cut.index, states.cut.valid_mask())
         rows, places = call.items.row_index[:, None], call.items.places
         values = received[rows, states.past + states.cut.rank[rows, places]]

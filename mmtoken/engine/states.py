@@ -43,7 +43,7 @@ class LayerStates:
             valid: which of them count; None: all.
             row: only this row of the batch; index and valid then have one row.
         """
-        return attention.mean_attention(*self._of(row), self.scaling, index, valid, self.past)
+        return attention.attention_of(*self._of(row), self.scaling, index, self.past, mean="queries", valid=valid)
 
     def head_attention(self, index: Tensor, row: int) -> Tensor:
         """float32[H, R, k] of one row of the batch: attention of the queries int[R]."""
@@ -76,7 +76,7 @@ class LayerStates:
 
 def text_places(call: Prefill) -> tuple[Tensor, Tensor, Tensor]:
     """Of each item's row: (int[I, T] places of text tokens, bool[I, T] which are real, bool[I, T] after the item)."""
-    text = call.real & ~call.visual
+    text = call.said & ~call.visual
     rows = call.items.row_index
     order = torch.argsort((~text).to(torch.uint8), dim=-1, stable=True)
     counts = text.sum(-1)

@@ -115,6 +115,11 @@ class OpenVLAConfig(PreTrainedConfig):
         assert self.image_sizes is not None
         return int(self.image_sizes[0])
 
+    @property
+    def action_queries(self) -> int:
+        """Tokens at the end of a prompt that stand for actions; 0: actions are generated."""
+        return 0
+
     def statistics(self, unnorm_key: str | None = None) -> dict[str, Any]:
         """The action statistics of a data set.
 
@@ -125,6 +130,46 @@ class OpenVLAConfig(PreTrainedConfig):
             InputError: there is none of this name, or the name is missing where there are several.
         """
         return statistics_of(self.norm_stats, unnorm_key)
+
+
+@strict
+class OpenVLAChunksConfig(OpenVLAConfig):
+    """The settings of `OpenVLAForActionChunks`: OpenVLA's and these.
+
+    Attributes:
+        action_steps: S, steps that are predicted at once.
+        action_dim: A, numbers of an action.
+        action_token_id: the id that stands for an action query in `input_ids`; None: the one after `image_token_id`.
+
+    Raises:
+        UnsupportedError: a value is out of range.
+    """
+
+    model_type = "openvla_chunks"
+
+    action_steps: int = 8
+    action_dim: int = 7
+    action_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        assert self.image_token_id is not None
+        if self.action_token_id is None:
+            self.action_token_id = self.image_token_id + 1
+        if self.action_steps < 1 or self.action_dim < 1:
+            raise UnsupportedError(
+                f"action_steps={self.action_steps} and action_dim={self.action_dim}; give whole numbers from 1 on."
+            )
+        if self.action_token_id == self.image_token_id or not 0 <= self.action_token_id < self.table_rows:
+            raise UnsupportedError(
+                f"action_token_id={self.action_token_id} must be a row of the embedding table ({self.table_rows} rows) "
+                f"other than image_token_id={self.image_token_id}."
+            )
+
+    @property
+    def action_queries(self) -> int:
+        """S * A."""
+        return self.action_steps * self.action_dim
 
 
 def statistics_of(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> dict[str, Any]:

@@ -159,16 +159,19 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         encoded = (mm_encoder_outputs or {}).get("image")
         if encoded is None and pixel_values is not None:
             encoded = self.get_image_features(pixel_values)
-        if encoded is not None:
-            inputs_embeds = self._splice(input_ids, inputs_embeds, encoded)
-        return self.language_model(
-            inputs_embeds=inputs_embeds,
+        return self._answer(
+            input_ids,
+            labels,
+            inputs_embeds=self._splice(input_ids, inputs_embeds, encoded),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            labels=labels,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _answer(self, input_ids: Tensor | None, labels: Tensor | None, **call: Any) -> Any:
+        """What the language model says to spliced embeddings."""
+        return self.language_model(labels=labels, **call)
 
     def _bare(self, input_ids: Tensor | None, pixel_values: Tensor | None) -> bool:
         """Whether images come with ids that have no place for them."""
@@ -195,7 +198,9 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         return ids, insert(mask, after, count, 1), wanted
 
     def _splice(self, input_ids: Tensor | None, embeds: Tensor, encoded: Any) -> Tensor:
-        """`embeds` float[B, L, D] with visual tokens at their placeholders."""
+        """`embeds` float[B, L, D] with visual tokens, if there are any, at their placeholders."""
+        if encoded is None:
+            return embeds
         features = torch.cat(list(encoded.pooler_output)).to(embeds)
         token = self._placeholder
         places: Tensor

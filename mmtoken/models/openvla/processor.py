@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, BatchFea
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mmtoken.errors import CheckpointError, InputError
-from mmtoken.models.openvla.config import OpenVLAConfig
+from mmtoken.models.openvla.config import OpenVLAChunksConfig, OpenVLAConfig
 from mmtoken.models.openvla.splice import insert
 
 STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
@@ -195,6 +195,8 @@ class PrismaticProcessor(ProcessorMixin):
         num_image_tokens: visual tokens per image.
         image_token_id: stands for each of them, behind the first token of a row.
         space_token_id: appended to a prompt that does not end with it (29871 in official models); None: nothing is.
+        action_queries: placeholders at the end of every row, of chunk policies; 0 for others.
+        action_token_id: their id.
 
     Raises:
         InputError: the tokenizer has no padding token.
@@ -207,6 +209,8 @@ class PrismaticProcessor(ProcessorMixin):
         num_image_tokens: int = 256,
         image_token_id: int = 32001,
         space_token_id: int | None = 29871,
+        action_queries: int = 0,
+        action_token_id: int = 32002,
         **kwargs: Any,
     ) -> None:
         super().__init__(image_processor, tokenizer)  # type: ignore[no-untyped-call]
@@ -215,6 +219,8 @@ class PrismaticProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_token_id = image_token_id
         self.space_token_id = space_token_id
+        self.action_queries = action_queries
+        self.action_token_id = action_token_id
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -235,6 +241,8 @@ class PrismaticProcessor(ProcessorMixin):
                 "image_token_id": config.image_token_id,
                 "space_token_id": config.space_token_id,
             }
+            if isinstance(config, OpenVLAChunksConfig):
+                settings |= {"action_queries": config.action_queries, "action_token_id": config.action_token_id}
         return settings, rest
 
     @staticmethod
@@ -288,7 +296,7 @@ class PrismaticProcessor(ProcessorMixin):
             raise InputError("a prompt has no tokens.")
         if self.space_token_id is not None and ids[-1] != self.space_token_id:
             ids = [*ids, self.space_token_id]
-        return ids
+        return [*ids, *[self.action_token_id] * self.action_queries]
 
     @property
     def model_input_names(self) -> list[str]:
@@ -296,9 +304,10 @@ class PrismaticProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values"]
 
 
-AutoImageProcessor.register(
-    OpenVLAConfig,
-    image_processor_classes={"pil": PrismaticImageProcessor, "torchvision": PrismaticImageProcessor},
-    exist_ok=True,
-)
-AutoProcessor.register(OpenVLAConfig, PrismaticProcessor, exist_ok=True)
+for _config in (OpenVLAConfig, OpenVLAChunksConfig):
+    AutoImageProcessor.register(
+        _config,
+        image_processor_classes={"pil": PrismaticImageProcessor, "torchvision": PrismaticImageProcessor},
+        exist_ok=True,
+    )
+    AutoProcessor.register(_config, PrismaticProcessor, exist_ok=True)
