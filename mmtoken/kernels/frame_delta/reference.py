@@ -22,7 +22,8 @@ def _compared(new: Tensor, old: Tensor, similarity: str) -> Tensor:
         product: Tensor = (new * old).sum(-1)
         if similarity == "dot":
             return product
-        return product / new.norm(dim=-1).clamp(min=EPS) / old.norm(dim=-1).clamp(min=EPS)
+        cosine: Tensor = product / new.norm(dim=-1).clamp(min=EPS) / old.norm(dim=-1).clamp(min=EPS)
+        return cosine
     difference: Tensor = new - old
     distance: Tensor = difference.abs().sum(-1) if similarity == "l1" else difference.norm(dim=-1)
     return -distance
