@@ -9,7 +9,7 @@ import yaml
 
 from mmtoken.cli.parser import Parser, add_compressor, take_compressor
 from mmtoken.compressors.registry import names, resolve
-from mmtoken.evaluation.cards import CONTROL_KEEP, contents
+from mmtoken.evaluation.cards import CONTROL, CONTROL_KEEP, contents
 
 CARDS = Path(__file__).parents[1] / "compressors"
 
@@ -31,7 +31,9 @@ def test_cards_are_generated(name: str) -> None:
 def test_folders_hold_nothing_but_their_card_preset_and_results(name: str) -> None:
     files = {file.name for file in (CARDS / name).iterdir()}
     always = {"README.md", "preset.yaml"}
-    assert always <= files <= {*always, "results.json", "video.md", "video.png"}
+    assert (
+        always <= files <= {*always, "results.json", "video.md", "video.png", "control.json", "control.png", *CONTROL}
+    )
 
 
 @every

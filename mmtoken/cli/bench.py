@@ -3,6 +3,7 @@
 Speed and memory come from a LLaVA-shaped model with random weights, accuracy from a trained model: two results, two
 files, never one figure. Both hold the same line-up: the dense model first, the controls, then the compressors, each at
 every budget. `--what multi-turn` asks the trained model second questions after tokens were chosen for the first one.
+`mmtoken bench ops` times the scoring operations by themselves; it has its own --help.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ def main(argv: list[str]) -> int:
     Raises:
         MMTokenError: an argument cannot be used.
     """
+    if argv[:1] == ["ops"]:
+        from mmtoken.cli import bench_ops
+
+        return bench_ops.main(argv[1:])
     options = _parser().parse_args(argv)
     for field in ("pictures", "rounds"):
         if getattr(options, field) < 1:
@@ -117,15 +122,15 @@ def _benchmarks(model: str) -> tuple[str, ...]:
     """What a model of the zoo was trained for; the first entry's benchmarks for any other model.
 
     Raises:
-        MMTokenError: it answers questions about videos.
+        MMTokenError: it answers no questions about single pictures.
     """
-    found = next((entry.benchmarks for entry in ZOO if entry.name == model), ZOO[0].benchmarks)
-    if not found:
+    found = next((entry for entry in ZOO if entry.name == model), ZOO[0])
+    if not found.benchmarks:
         raise MMTokenError(
-            f"model={model!r} answers questions about videos; use: python -m mmtoken.evaluation.video --model {model} "
+            f"model={model!r} answers no questions about single pictures; use: python -m {found.evaluation} "
             "--out FOLDER"
         )
-    return found
+    return found.benchmarks
 
 
 def _documents(options: Any, device: Any) -> int:

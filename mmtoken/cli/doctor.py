@@ -24,7 +24,7 @@ _PACKAGES = {
     "scikit-learn": "training data of the tiny models (extra: train)",
     "scikit-image": "training data of the tiny models (extra: train)",
     "matplotlib": "pictures of bench and demo (extra: plot)",
-    "triton": "kernels; none is needed yet",
+    "triton": "kernels of scoring operations on CUDA devices",
 }
 
 
@@ -197,6 +197,9 @@ def version_of(package: str) -> str | None:
 def _environment() -> dict[str, Any]:
     import torch
 
+    from mmtoken.kernels.cases import operation_names
+    from mmtoken.kernels.dispatch import default_impl
+
     cuda = torch.cuda.is_available()
     flash = "installed" if find_spec("flash_attn") is not None else "not installed"
     return {
@@ -211,7 +214,7 @@ def _environment() -> dict[str, Any]:
             "flash_attention": f"refused by mmtoken ({flash}); load the model with attn_implementation='sdpa'",
             "flex_attention": "refused by mmtoken; load the model with attn_implementation='sdpa'",
         },
-        "kernels": {"scores": "torch (the reference; there are no others yet)"},
+        "kernels": dict.fromkeys(operation_names(), default_impl(cuda)),
     }
 
 

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from mmtoken.compressors.base import Compressor, Context, Cost, Positions
+from mmtoken.kernels.maxmin_select import maxmin_select
 from mmtoken.tokens import VisualTokens, refuse_nan
-
-TILE = 256
-"""Tokens whose distances to as many others are held at once."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,11 @@ class DivPrune(Compressor):
     cost: ClassVar[Cost] = "pairs"
 
     def llm_input(self, tokens: VisualTokens, ctx: Context) -> VisualTokens:
-        picked = maxmin_select(tokens.features, tokens.budget(self.keep), tokens.eligible)
+        picked = maxmin_mask(tokens.features, tokens.budget(self.keep), tokens.eligible)
         return tokens.where(picked | tokens.protected)
 
 
-def maxmin_select(features: Tensor, counts: list[int], eligible: Tensor) -> Tensor:
+def maxmin_mask(features: Tensor, counts: list[int], eligible: Tensor) -> Tensor:
     """Greedy max-min diverse subsets.
 
     Args:
@@ -53,51 +51,14 @@ def maxmin_select(features: Tensor, counts: list[int], eligible: Tensor) -> Tens
     Raises:
         InputError: features of an eligible token are NaN or infinite.
     """
-    picked = torch.zeros_like(eligible)
-    for row, order in enumerate(maxmin_order(features, counts, eligible)):
-        picked[row, order] = True
-    return picked & eligible
-
-
-def maxmin_order(features: Tensor, counts: list[int], eligible: Tensor) -> list[Tensor]:
-    """The same, as int[counts[b]] indices of each row in the order in which they are picked."""
-    unit = torch.nn.functional.normalize(features.detach().float(), dim=-1)
-    refuse_nan(unit, eligible, "features")
-    unit.masked_fill_(~eligible[..., None], 0)
+    order = maxmin_order(features, counts, eligible)
     rows, length = eligible.shape
-    steps = max(counts, default=0)
-    if not rows or not length or not steps:
-        return [torch.zeros(0, dtype=torch.long, device=features.device)] * rows
-    row = torch.arange(rows, device=features.device)
-    # A chosen or ineligible token must lose against every other one, also against those at distance 0.
-    best = _isolation(unit, eligible).masked_fill(~eligible, -torch.inf).argmax(-1)
-    nearest = torch.full_like(unit[..., 0], torch.inf).masked_fill(~eligible, -torch.inf)
-    order = [best]
-    for _ in range(steps - 1):
-        nearest[row, best] = -torch.inf
-        # One row of distances at a time: all of them would take N x N numbers.
-        distance = 1 - (unit @ unit[row, best][..., None])[..., 0]
-        torch.minimum(nearest, distance, out=nearest)
-        best = nearest.argmax(-1)
-        order.append(best)
-    # Rows with a smaller budget stopped counting earlier.
-    return [picks[:count] for picks, count in zip(torch.stack(order, 1), counts, strict=True)]
+    picked = torch.zeros(rows, length + 1, dtype=torch.bool, device=features.device)
+    return picked.scatter_(1, order % (length + 1), True)[:, :length]  # -1 goes into the column more
 
 
-def _isolation(unit: Tensor, eligible: Tensor) -> Tensor:
-    """float[B, N]: distance of every token to its nearest eligible neighbour, in tiles of TILE x TILE pairs.
-
-    Every number counts for both of its tokens: products round (i, j) and (j, i) apart, and of two mutual neighbours the
-    lower index must win.
-    """
-    nearest = torch.full_like(unit[..., 0], torch.inf)
-    blocks = [slice(start, start + TILE) for start in range(0, unit.shape[1], TILE)]
-    for number, rows in enumerate(blocks):
-        for columns in blocks[number:]:
-            distance = 1 - unit[:, rows] @ unit[:, columns].transpose(1, 2)
-            if rows == columns:
-                distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-            for mine, others, dim in ((rows, columns, 2), (columns, rows, 1)):
-                seen = distance.masked_fill(~eligible[:, others].unsqueeze(3 - dim), torch.inf)
-                nearest[:, mine] = torch.minimum(nearest[:, mine], seen.amin(dim))
-    return nearest
+def maxmin_order(features: Tensor, counts: list[int], eligible: Tensor) -> Tensor:
+    """The same, as int64[B, max(counts)] indices in the order in which they are picked, -1 behind the last one."""
+    refuse_nan(features.detach().abs().amax(-1) * 0, eligible, "features")  # infinity times 0 is NaN as well
+    steps = torch.tensor(counts, dtype=torch.long, device=features.device)
+    return maxmin_select(features, max(counts, default=0), eligible=eligible, counts=steps)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mmtoken.compressors.base import (
@@ -21,6 +21,7 @@ from mmtoken.compressors.base import (
     check_whole,
 )
 from mmtoken.errors import MMTokenError
+from mmtoken.kernels.attention_rows import attention_rows
 from mmtoken.tokens import VisualTokens, kept_count, refuse_nan
 
 Variant = Literal["paper", "repo"]
@@ -208,12 +209,11 @@ def tower_flow(states: TowerStates, eligible: Tensor, variant: Variant) -> Flow:
     centre = states.prefix_value[:, :, 0].float() if prefix else value.sum(2) / count
 
     def received(one: Tensor, many: Tensor, first: Tensor | None, factor: float) -> Tensor:
-        scores = torch.einsum("bhd,bhnd->bhn", one, many).masked_fill(hidden, -torch.inf) * factor
-        if first is not None:
-            scores = torch.cat([torch.einsum("bhd,bhpd->bhp", one, first.float()), scores], -1)
-            scores[..., : first.shape[2]] *= factor
-        weights = scores.softmax(-1).mean(1)
-        return weights[:, weights.shape[1] - many.shape[2] :].view(real.shape)
+        before = 0 if first is None else first.shape[2]
+        every = many if first is None else torch.cat([first.float(), many], 2)
+        seen = nn.functional.pad(~hidden, (before, 0), value=True)
+        weights = attention_rows(one[:, :, None], every, scale=factor, mask=seen, mean="heads")
+        return weights[:, 0, before:].view(real.shape)
 
     attention = received(asking, key, states.prefix_key if prefix else None, scale)
     similarity = None
@@ -280,16 +280,12 @@ def text_flow(query: Tensor, value: Tensor, keys: Tensor, values: Tensor, eligib
         eligible: bool[B, N].
     """
     hidden = ~eligible[:, None]
-    shared = query.shape[1] // keys.shape[1]
     keys, values = (x.detach().float().masked_fill(hidden[..., None], 0.0) for x in (keys, values))
-    scale = keys.shape[-1] ** -0.5
 
     def share(one: Tensor, many: Tensor) -> Tensor:
-        scores = torch.einsum("bhd,bhnd->bhn", one.float(), many) * scale
-        weights: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
-        return weights
+        return attention_rows(one[:, :, None], many, mask=~hidden, mean="heads")[:, 0]
 
     # Values are alike for heads that share them, so their mean over all heads is that over the shared ones.
-    relevance = share(query, keys.repeat_interleave(shared, 1))
+    relevance = share(query, keys)
     density = values.mean(1).abs().sum(-1)
     return flow_scores(relevance, share(value, values), density, eligible)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmtoken.compressors.base import CacheEntry, Compressor, Context
 from mmtoken.errors import InputError, MMTokenError
+from mmtoken.kernels.attention_rows import attention_rows
 from mmtoken.tokens import kept_count
 
 Scope = Literal["visual", "all"]
@@ -157,12 +158,8 @@ def keep_best(scores: Tensor, shares: list[Share]) -> Tensor:
 
 def last_rows(queries: Tensor, keys: Tensor, count: int, scaling: float) -> Tensor:
     """float32[H, count, n]: attention of the last `count` queries float[H, q, d] to keys float[G, n, d], causal."""
-    heads, groups, length = len(queries), len(keys), keys.shape[1]
-    rows = queries[:, -count:].float().view(groups, heads // groups, count, -1)
-    logits = (rows @ keys.float().transpose(1, 2)[:, None] * scaling).flatten(0, 1)
-    place = torch.arange(length, device=keys.device)
-    own = place[length - count :, None]
-    return logits.masked_fill(place > own, -torch.inf).softmax(-1)
+    offset = keys.shape[1] - count
+    return attention_rows(queries[None, :, -count:], keys[None], scale=scaling, causal_offset=offset)[0]
 
 
 def over_groups(values: Tensor, groups: int) -> Tensor:

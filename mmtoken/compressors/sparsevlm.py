@@ -12,6 +12,7 @@ from torch import Tensor
 from mmtoken.compressors.base import Compressor, Context, Cost, Need, Parity, Positions, check_whole
 from mmtoken.compressors.stages import as_tuple, check_ascending, check_stages, checked_cuts, scaled_cuts
 from mmtoken.errors import MMTokenError
+from mmtoken.kernels.attention_rows import attention_rows
 from mmtoken.kernels.gather_merge import gather_merge
 from mmtoken.tokens import VisualTokens, check_keep, kept_count, pick_rows, refuse_nan, top_mask
 
@@ -323,10 +324,8 @@ def choose_raters(visual: Tensor, eligible: Tensor, text: Tensor, asked: Tensor)
     Returns:
         bool[B, T]; all that were asked where none is above the mean (a single one never is).
     """
-    relation = visual.detach().float() @ text.detach().float().transpose(1, 2)
-    relation = relation.masked_fill(~asked[:, None], -torch.inf).softmax(-1)
-    seen = torch.where(eligible[..., None] & asked[:, None], relation, 0.0).sum(1)
-    weight = seen / eligible.sum(-1, keepdim=True).clamp(min=1)
+    tokens, words = visual.detach()[:, None], text.detach()[:, None]
+    weight = attention_rows(tokens, words, scale=1.0, mask=asked[:, None], valid=eligible, mean="queries")
     mean = weight.sum(-1, keepdim=True) / asked.sum(-1, keepdim=True).clamp(min=1)
     chosen = (weight > mean) & asked
     return torch.where(chosen.any(-1, keepdim=True), chosen, asked)

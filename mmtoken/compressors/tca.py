@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmtoken.compressors.base import Compressor, Context, Need, Positions, TowerStates, check_whole
 from mmtoken.compressors.stages import as_tuple, check_ascending, scaled_cuts
 from mmtoken.errors import MMTokenError, UnsupportedError
+from mmtoken.kernels.attention_rows import attention_rows
 from mmtoken.kernels.gather_merge import gather_merge
 from mmtoken.tokens import VisualTokens, kept_count, refuse_nan
 
@@ -161,9 +162,9 @@ def class_attention(states: TowerStates, eligible: Tensor) -> Tensor:
         asking = states.prefix_query[:, :, 0].float()
     else:
         asking = query.sum(2) / (~hidden).sum(-1, keepdim=True).clamp(min=1)
-    scores = torch.einsum("bhd,bhnd->bhn", asking, key).masked_fill(hidden, -torch.inf)
-    scores = torch.cat([torch.einsum("bhd,bhpd->bhp", asking, states.prefix_key.float()), scores], -1)
-    weights = (scores * key.shape[-1] ** -0.5).softmax(-1)[..., prefix:]
+    seen = nn.functional.pad(~hidden, (prefix, 0), value=True)
+    keys = torch.cat([states.prefix_key.float(), key], 2)
+    weights = attention_rows(asking[:, :, None], keys, mask=seen)[:, :, 0, prefix:]
     per_token: Tensor = weights.view(*weights.shape[:2], -1, patches).sum(-1)
     return per_token.masked_fill(~eligible[:, None], 0.0)
 

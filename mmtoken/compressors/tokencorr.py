@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from mmtoken.compressors.base import Budget, Compressor, Context, Cost, Need, Positions, check_whole
 from mmtoken.errors import MMTokenError, UnsupportedError
 from mmtoken.kernels.gather_merge import gather_merge
+from mmtoken.kernels.similarity_stats import similarity_stats
 from mmtoken.tokens import VisualTokens, kept_count, refuse_nan
 
 Heads = Literal["joint", "mean"]
@@ -225,16 +226,9 @@ class _Facts:
     cropped: list[bool] | None
 
 
-def near_duplicates(keys: Tensor, tau_s: float, chunk: int = 256) -> Tensor:
-    """int[N]: how many other patches have a key with cosine above `tau_s`, from keys float[N, d]."""
-    unit = normalize(keys.float(), dim=-1)
-    counts = []
-    for start in range(0, len(unit), chunk):
-        # Rounding may lift a cosine above 1, and at tau_s = 1 nothing is a near-duplicate.
-        near = (unit[start : start + chunk] @ unit.T).clamp(max=1.0) > tau_s
-        near.diagonal(start).fill_(False)
-        counts.append(near.sum(-1))
-    return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.long, device=keys.device)
+def near_duplicates(keys: Tensor, tau_s: float) -> Tensor:
+    """int[N]: how many other patches have a key with cosine above `tau_s`, from keys float[N, d]; at 1 none has."""
+    return similarity_stats(keys.detach()[None], threshold=tau_s).above[0]
 
 
 def density(keys: Tensor, tau_s: float, tau_c: int | None = None) -> float:
@@ -308,13 +302,13 @@ def select(
     return kept.nonzero()[:, 0]
 
 
-def nearest(keys: Tensor, among: Tensor, of: Tensor, chunk: int = 256) -> Tensor:
+def nearest(keys: Tensor, among: Tensor, of: Tensor) -> Tensor:
     """int[M]: for each patch of `of` int[M] the place in `among` int[K] of the key with the highest cosine.
 
     Ties go to the lower place.
     """
-    unit = normalize(keys.float(), dim=-1)
-    return torch.cat([(unit[part] @ unit[among].T).argmax(-1) for part in of.split(chunk)])
+    keys = keys.detach()
+    return similarity_stats(keys[of][None], keys[among][None]).argmax[0]
 
 
 def nearest_mean(

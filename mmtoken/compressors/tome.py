@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from mmtoken.compressors.base import Compressor, Context, Cost, Need, Parity, Positions
 from mmtoken.errors import InputError
 from mmtoken.kernels.gather_merge import gather_merge
+from mmtoken.kernels.similarity_stats import similarity_stats
 from mmtoken.tokens import VisualTokens, kept_count, pick_rows, refuse_nan
 
 
@@ -135,13 +135,12 @@ def bipartite_soft_matching(metric: Tensor, r: int, class_token: bool = False, d
         raise InputError(f"r={r} is negative; give the number of tokens to merge.")
     length = metric.shape[1]
     r = min(r, (length - int(class_token) - int(distill_token)) // 2)
-    unit = normalize(metric.detach().float(), dim=-1)
-    refuse_nan(unit, torch.ones_like(unit[..., 0], dtype=torch.bool), "metric")
-    even, odd = unit[:, ::2], unit[:, 1::2]
-    if not odd.shape[1]:
-        alone = torch.zeros(len(metric), even.shape[1], dtype=torch.long, device=metric.device)
-        return Matching(alone, alone[:, :0], alone[:, :0], length, distill_token)
-    best, partner = _most_similar(even, odd, first=int(distill_token))
+    metric = metric.detach()
+    peak = metric.abs().amax(-1)
+    refuse_nan(peak * 0, torch.ones_like(peak, dtype=torch.bool), "metric")  # infinity times 0 is NaN as well
+    first = 1 + 2 * int(distill_token)
+    stats = similarity_stats(metric[:, ::2], metric[:, first::2])
+    best, partner = stats.max, stats.argmax + first // 2
     if class_token:
         best[:, 0] = -torch.inf
     edges = best.argsort(dim=-1, descending=True, stable=True)
@@ -149,14 +148,6 @@ def bipartite_soft_matching(metric: Tensor, r: int, class_token: bool = False, d
     if class_token:
         unmerged = unmerged.sort(-1).values
     return Matching(unmerged, source, partner.gather(1, source), length, distill_token)
-
-
-def _most_similar(even: Tensor, odd: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """(similarity, index) [B, E] of the best of odd[:, first:] for every even token, 256 of them at a time."""
-    if odd.shape[1] == first:
-        return torch.full_like(even[..., 0], -torch.inf), torch.zeros_like(even[..., 0], dtype=torch.long)
-    parts = [(part @ odd[:, first:].transpose(1, 2)).max(-1) for part in even.split(256, 1)]
-    return torch.cat([best for best, _ in parts], 1), torch.cat([place for _, place in parts], 1) + first
 
 
 def merge_weighted(matching: Matching, values: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:

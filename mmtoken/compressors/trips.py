@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from mmtoken.compressors.base import Compressor, Context, Need, Positions, check_whole
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
+from mmtoken.kernels.attention_rows import attention_rows
 from mmtoken.kernels.gather_merge import gather_merge
 from mmtoken.tokens import VisualTokens, kept_count, top_mask
 
@@ -181,10 +182,8 @@ def text_attention(query: Tensor, keys: Tensor, valid: Tensor | None = None) -> 
         keys: float[B, H, N, d], the patches' keys; CLS is not among them.
         valid: bool[B, N], False on padding; None: all.
     """
-    products = torch.einsum("bhd,bhnd->bhn", query.float(), keys.float()) / math.sqrt(query.shape[-1])
-    if valid is not None:
-        products = products.masked_fill(~valid[:, None], -math.inf)
-    return products.softmax(-1).mean(1)
+    mask = None if valid is None else valid[:, None]
+    return attention_rows(query[:, :, None], keys, mask=mask, mean="heads")[:, 0]
 
 
 def text_query(

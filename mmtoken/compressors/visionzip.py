@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from mmtoken.compressors.base import Compressor, Context, Need, Parity, Positions, check_whole
 from mmtoken.errors import MMTokenError
 from mmtoken.kernels.gather_merge import gather_merge
+from mmtoken.kernels.similarity_stats import similarity_stats
 from mmtoken.tokens import VisualTokens, top_mask
 
 
@@ -114,10 +114,8 @@ def assign_to_anchors(keys: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]
     others = torch.ones(remaining, dtype=torch.bool, device=keys.device)
     others[anchors] = False
     members = others.nonzero()[:, 0]
-    unit = normalize(keys.detach().float(), dim=-1)
-    # A few rows at a time: with a fraction to keep, anchors x members grows like the square of the tokens.
-    owner = torch.cat([(part @ unit[anchors].T).argmax(-1) for part in unit[members].split(256)])
-    return anchors, members, owner
+    keys = keys.detach()
+    return anchors, members, similarity_stats(keys[members][None], keys[anchors][None]).argmax[0]
 
 
 def merge_into_anchors(

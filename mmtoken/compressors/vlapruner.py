@@ -204,8 +204,7 @@ def diverse(embeddings: Tensor, candidates: Tensor, count: int) -> Tensor:
     """
     where = candidates.nonzero()[:, 0]
     everyone = torch.ones(1, len(where), dtype=torch.bool, device=where.device)
-    (order,) = maxmin_order(pick_rows(embeddings[None], where[None]), [count], everyone)
-    return where[order]
+    return where[maxmin_order(pick_rows(embeddings[None], where[None]), [count], everyone)[0]]
 
 
 def inner_rows(after: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from mmtoken.compressors.base import Compressor, Context, Cost, Need, Positions, TowerStates, check_whole
 from mmtoken.compressors.stages import as_tuple, check_ascending, scaled_cuts
 from mmtoken.errors import MMTokenError, UnsupportedError
+from mmtoken.kernels.similarity_stats import similarity_stats
 from mmtoken.tokens import VisualTokens, kept_count, refuse_nan, top_mask
 
 Feature = Literal["key", "query", "value", "features"]
@@ -280,13 +280,9 @@ def near_duplicates(features: Tensor, scores: Tensor, count: int, split: Split, 
         stay, leave = order[len(order) - half :], order[: len(order) - half]
     leave = leave.sort().values
     if metric == "cosine":
-        features = normalize(features, dim=-1)
-    best = []
-    for part in leave.split(CHUNK):
-        if metric == "euclidean":
-            best.append(-torch.cdist(features[part], features[stay]).amin(-1))
-        else:
-            best.append((features[part] @ features[stay].T).amax(-1))
-    if not best:
-        return leave
-    return leave[torch.cat(best).argsort(descending=True, stable=True)[:count]]
+        best = similarity_stats(features[leave][None], features[stay][None]).max[0]
+    elif metric == "dot":
+        best = torch.cat([(features[part] @ features[stay].T).amax(-1) for part in leave.split(CHUNK)])
+    else:
+        best = torch.cat([-torch.cdist(features[part], features[stay]).amin(-1) for part in leave.split(CHUNK)])
+    return leave[best.argsort(descending=True, stable=True)[:count]]

@@ -1,9 +1,8 @@
 """A table from above, with a gripper: what can be moved, how it looks, and what an expert would do.
 
 The table is 64 x 64 pixels. Three items (a colour and a shape, 9 px) lie between two bases (a colour and a shape,
-15 px); an instruction names an item and a base: "put the red ring on the blue plate". One of the other items has the
-colour of the named one, another its shape, and the second base shares colour or shape with the named one, so no single
-word of the instruction is enough.
+15 px); an instruction names an item and a base: "put the red ring on the blue plate". All five colours differ, shapes
+may repeat, so one word of a name decides: no conjunction of colour and shape has to be understood.
 
 An action is (dx, dy, grip) in [-1, 1]: the gripper moves by up to `STEP` px along each axis, then closes (grip > 0) or
 opens. A gripper that was open and closes takes the nearest item within `REACH`; it carries it until it opens.
@@ -26,13 +25,23 @@ SIZE = 64
 """Side of the picture and of the table, px."""
 STEP = 5.0
 """Furthest way of the gripper along one axis in a step, px."""
-REACH = 5.0
+REACH = 6.0
 """An item is taken from no further than this, and it lies on a base no further than this from its centre, px."""
-NEAR = 2.5
+NEAR = 3.0
 """The expert takes and lets go from no further than this along either axis, px."""
+GAIN = 0.6
+"""Share of the way that the expert goes in a step, where `STEP` allows it: it slows down in good time, so that being
+unsure of a pixel does not turn full speed ahead into full speed back."""
 ACTIONS = ("dx", "dy", "grip")
 
-COLORS = {"red": (225, 45, 45), "green": (45, 185, 65), "blue": (55, 90, 240), "yellow": (240, 215, 50)}
+COLORS = {
+    "red": (225, 45, 45),
+    "green": (45, 185, 65),
+    "blue": (55, 90, 240),
+    "yellow": (240, 215, 50),
+    "magenta": (225, 60, 225),
+    "cyan": (60, 215, 225),
+}
 ITEM_SHAPES = ("block", "cross", "ring")
 BASE_SHAPES = ("plate", "tray")
 ITEM_SIZE, BASE_SIZE = 9, 15
@@ -42,8 +51,7 @@ SPREAD = 3
 TEMPLATES = (
     "put the {item} on the {base}",
     "put {item} on {base}",
-    "pick up the {item} and place it on the {base}",
-    "take the {item} to the {base} and let go",
+    "move the {item} over to the {base}",
 )
 
 _EDGE = {ITEM_SIZE: 9.0, BASE_SIZE: 12.0}
@@ -106,9 +114,10 @@ class Order:
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """A scene with an open gripper somewhere. Any two items, and the bases, differ in colour or shape."""
-    item_names = _names(rng, ITEM_SHAPES, 3)
-    base_names = _names(rng, BASE_SHAPES, 2)
+    """A scene with an open gripper somewhere. All things have colours of their own."""
+    colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))]
+    item_names = [(colors[i], ITEM_SHAPES[rng.integers(len(ITEM_SHAPES))]) for i in range(3)]
+    base_names = [(colors[i], BASE_SHAPES[rng.integers(len(BASE_SHAPES))]) for i in (3, 4)]
     sizes = [BASE_SIZE] * len(base_names) + [ITEM_SIZE] * len(item_names)
     spots = _spots(rng, sizes)
     things = [Thing(*name, at) for name, at in zip(base_names + item_names, spots, strict=True)]
@@ -122,15 +131,6 @@ def draw_order(rng: np.random.Generator, scene: Scene) -> Order:
     return Order(
         int(rng.integers(len(scene.items))), int(rng.integers(len(scene.bases))), int(rng.integers(len(TEMPLATES)))
     )
-
-
-def _names(rng: np.random.Generator, shapes: Sequence[str], count: int) -> list[tuple[str, str]]:
-    """Names of which the first shares its colour, or its shape, with each other one: a corner of the grid of names."""
-    color, other_color = (list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2])
-    shape, other_shape = (shapes[i] for i in rng.permutation(len(shapes))[:2])
-    relatives = [(color, other_shape), (other_color, shape)]
-    chosen = [(color, shape), *(relatives[i] for i in rng.permutation(2)[: count - 1])]
-    return [chosen[i] for i in rng.permutation(count)]
 
 
 def _spots(rng: np.random.Generator, sizes: Sequence[int]) -> list[Point]:
@@ -182,21 +182,25 @@ def placed(scene: Scene, order: Order) -> bool:
     return near and scene.held != order.item
 
 
+def goal(scene: Scene, order: Order) -> Point:
+    """Where the gripper has to go next: to the named base with the named item, to the item without it."""
+    return scene.bases[order.base].at if scene.held == order.item else scene.items[order.item].at
+
+
 def expert(scene: Scene, order: Order) -> NDArray[np.float32]:
     """The action float32[3] of an expert: straight to where the gripper has to be, along both axes at once.
 
     It opens a gripper that is closed on nothing or on another item, goes to the named item, closes, goes to the named
-    base and opens.
+    base and opens; near its goal it slows down, see `GAIN`.
     """
     carrying = scene.held == order.item
-    goal = scene.bases[order.base].at if carrying else scene.items[order.item].at
-    way = np.array(goal) - np.array(scene.gripper)
+    way = np.array(goal(scene, order)) - np.array(scene.gripper)
     near = bool(np.abs(way).max() <= NEAR)
     if carrying:
         closed = not near
     else:
         closed = near and not scene.closed
-    return np.append(np.clip(way / STEP, -1, 1), 1.0 if closed else -1.0).astype(np.float32)
+    return np.append(np.clip(GAIN * way / STEP, -1, 1), 1.0 if closed else -1.0).astype(np.float32)
 
 
 def _distance(a: Point, b: Point) -> float:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmtoken.kernels.attention_rows import Mean, attention_rows
+
 TAPPED_SDPA = "mmtoken_sdpa"
 
 Listener = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], bool]
@@ -122,59 +124,40 @@ def tapped_copy(module: Any, *, values: bool = True) -> Any:
 
 
 @torch.no_grad()
-def attention_of(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, index: Tensor, past: int) -> Tensor:
-    """Attention of some queries of each row, per head.
-
-    Args:
-        query: float[B, H, q, d], rotated.
-        key: float[B, G, k, d], rotated, G dividing H; entries beyond past + q are unused buffer.
-        mask: bool or additive [B or 1, 1, q, k], or None for causal attention.
-        scaling: factor on the dot products.
-        index: int[B, R], which queries of each row.
-        past: keys that precede the first query.
-
-    Returns:
-        float32[B, H, R, k], softmax over the keys that the query may see. Nothing is recorded for gradients:
-        checkpointing runs the layer again without a listener and compares what was recorded.
-    """
-    rows, heads, _, width = query.shape
-    groups, length = key.shape[1], key.shape[2]
-    chosen = index.shape[1]
-    picked = query.gather(2, index[:, None, :, None].expand(-1, heads, -1, width)).float()
-    scores = picked.view(rows, groups, heads // groups * chosen, width) @ key.float().transpose(-1, -2)
-    scores = scores.view(rows, heads, chosen, length) * scaling
-    if mask is None:
-        allowed = torch.arange(length, device=key.device) <= (past + index)[..., None]
-    else:
-        row = mask.expand(rows, -1, -1, -1)[:, 0].gather(1, index[..., None].expand(-1, -1, mask.shape[3]))
-        row = row[..., :length]
-        allowed = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-        if row.dtype != torch.bool:
-            scores = scores + row.float()[:, None]
-    return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
-
-
-@torch.no_grad()
-def mean_attention(
+def attention_of(
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
     scaling: float,
     index: Tensor,
-    valid: Tensor | None,
     past: int,
-    chunk: int = 64,
+    *,
+    mean: Mean = "none",
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """float32[B, k]: the same, averaged over heads and over the queries of which `valid` bool[B, R] count (None: all).
+    """Attention of some queries of each row of a decoder layer.
 
-    A few queries are taken at a time, so memory grows with the keys only.
+    Args:
+        query: float[B, H, q, d], rotated.
+        key: float[B, G, k, d], rotated, G dividing H; entries beyond past + q are unused buffer.
+        mask: bool or additive [B or 1, 1, q, k or more], or None for causal attention.
+        scaling: factor on the dot products.
+        index: int[B, R], which queries of each row.
+        past: keys that precede the first query.
+        mean: "none", "heads" or "queries" (over heads and queries).
+        valid: bool[B, R], the queries that count in the mean over queries; None: all.
+
+    Returns:
+        float32[B, H, R, k], [B, R, k] or [B, k]; zeros of queries that see nothing. Nothing is recorded for gradients:
+        checkpointing runs the layer again without a listener and compares what was recorded.
     """
-    if index.shape[1] == 1 and valid is None:
-        return attention_of(query, key, mask, scaling, index, past)[:, :, 0].mean(1)
-    weight = torch.ones_like(index, dtype=torch.float32) if valid is None else valid.float()
-    total = torch.zeros(len(query), key.shape[2], device=key.device)
-    for some, weights in zip(index.split(chunk, 1), weight.split(chunk, 1), strict=True):
-        rows = attention_of(query, key, mask, scaling, some, past).mean(1)
-        # A query that does not count may be padding, which sees nothing: its softmax is NaN.
-        total += torch.where(weights[..., None] > 0, rows, 0.0).sum(1)
-    return total / weight.sum(-1, keepdim=True).clamp(min=1.0)
+    return attention_rows(
+        query,
+        key,
+        scale=scaling,
+        index=index,
+        mask=None if mask is None else mask[:, 0, :, : key.shape[2]],
+        causal_offset=past if mask is None else None,
+        valid=valid,
+        mean=mean,
+    )

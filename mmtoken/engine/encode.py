@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,6 +108,7 @@ class Encoded:
         frames: of videos, for methods that need them; None for images and where nobody asks.
         sites: what the compressor did during the call.
         seconds: wall time of the call.
+        ran: which scoring operations ran during the call, as `mmtoken.kernels.dispatch.ran` counts them.
     """
 
     modality: Modality
@@ -119,6 +121,7 @@ class Encoded:
     frames: VideoFrames | None = None
     sites: list[SiteReport] = field(default_factory=list)
     seconds: float = 0.0
+    ran: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 @dataclass

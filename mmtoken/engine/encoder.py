@@ -16,6 +16,7 @@ from mmtoken.engine.prefill import check_placeholders
 from mmtoken.engine.prompt import known
 from mmtoken.engine.report import Report, SiteReport
 from mmtoken.errors import UnsupportedError
+from mmtoken.kernels.dispatch import ran
 
 if TYPE_CHECKING:
     from mmtoken.engine.session import Session
@@ -43,7 +44,7 @@ def wrap_encoder(session: Session, modality: Modality, undo: ExitStack) -> None:
         given = {**bound, **bound.get("kwargs", {})}
         given.pop("kwargs", None)
         state.report = Report(type(session.compressor).__name__)
-        started = session.clock()
+        started, before = session.clock(), ran()
         arguments, picks = _pick_frames(session, modality, given)
         call = state.encoder = EncoderCall(modality, arguments)
         try:
@@ -57,7 +58,7 @@ def wrap_encoder(session: Session, modality: Modality, undo: ExitStack) -> None:
             record = fill_frames(output, record, backbone.layout(modality, given, tiles), picks)
         report = session.take_report()
         record.sites = [] if report is None else report.sites
-        record.seconds = session.clock() - started
+        record.seconds, record.ran = session.clock() - started, ran() - before
         if hasattr(output, "pooler_output"):
             setattr(output, _RECORD, record)
             state.made[modality] = output

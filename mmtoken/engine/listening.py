@@ -171,12 +171,9 @@ class Listening:
         if call is None:
             return
         started = self.session.clock()
-        before = (args[0] if args else kwargs["hidden_states"]).detach().float()
-        after = (output[0] if isinstance(output, tuple) else output).detach().float()
-        lengths = before.norm(dim=-1), after.norm(dim=-1)
-        product = (lengths[0] * lengths[1]).clamp(min=torch.finfo(torch.float32).tiny)
-        magnitude = lengths[1] / lengths[0].clamp(min=torch.finfo(torch.float32).tiny)
-        call.transitions[number, name] = (magnitude, (before * after).sum(-1) / product, call.cut)
+        before = (args[0] if args else kwargs["hidden_states"]).detach()
+        after = (output[0] if isinstance(output, tuple) else output).detach()
+        call.transitions[number, name] = (*transition(before, after), call.cut)
         if self.thread.report is not None:
             self.thread.report.listening_seconds += self.session.clock() - started
 
@@ -196,7 +193,8 @@ class Listening:
         if number is not None and recorder is not None and stored is not None and number in recorder.recording.layers:
             newest = torch.full((len(query), 1), query.shape[2] - 1, device=query.device)
             past = stored.stored() - query.shape[2]
-            recorder.note_step(number, attention.mean_attention(query, key, mask, scaling, newest, None, past), stored)
+            received = attention.attention_of(query, key, mask, scaling, newest, past, mean="queries")
+            recorder.note_step(number, received, stored)
         return False
 
     def enter_layer_of_step(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
@@ -214,9 +212,21 @@ class Listening:
             past = stored.stored()
             key = torch.cat([stored.keys[:, :, :past], key], 2)  # type: ignore[attr-defined]
             newest = torch.full((len(query), 1), query.shape[2] - 1, device=query.device)
-            rows.append(attention.mean_attention(query, key, mask, scaling, newest, None, past))
+            rows.append(attention.attention_of(query, key, mask, scaling, newest, past, mean="queries"))
             return True
 
         self._attend(self.decoder.layers[number], hidden, kwargs, listener, values=False)
         # The layer has not stored the new tokens yet, and nothing is asked about them.
         recorder.note_step(number, rows[0][:, : stored.stored()], stored)
+
+
+def transition(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """(|y| / |x|, cos(x, y)), float32[B, n]: how much a module stretched and turned tokens x to y, float[B, n, D].
+
+    Source: the transition of tokens in TransPrune, arXiv 2507.20630.
+    """
+    before, after = before.float(), after.float()
+    lengths = before.norm(dim=-1), after.norm(dim=-1)
+    product = (lengths[0] * lengths[1]).clamp(min=torch.finfo(torch.float32).tiny)
+    magnitude = lengths[1] / lengths[0].clamp(min=torch.finfo(torch.float32).tiny)
+    return magnitude, (before * after).sum(-1) / product

@@ -12,6 +12,7 @@ from mmtoken.engine.encode import Encoded
 from mmtoken.engine.flops import DecoderShape
 from mmtoken.engine.prefill import Cut, Prefill
 from mmtoken.engine.report import Report
+from mmtoken.kernels.dispatch import ran
 from mmtoken.tokens import VisualTokens
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ def start_report(session: Session, call: Prefill, shape: DecoderShape, encoded: 
     report.tokens_in = call.tokens.counts()
     report.prompt_lengths = [int(n) for n in call.real.sum(-1).tolist()]
     report.decoder = shape
+    state.ran = ran()
+    for record in encoded.values():
+        state.ran.subtract(record.ran)  # they ran before, but belong to this report
     report.vision_seconds = sum(record.seconds for record in encoded.values())
     keep = session.compressor.keep
     if isinstance(keep, int) and session.compressor.sites != {"refresh"}:  # patches of the tower there
@@ -69,7 +73,6 @@ def note_tokens(report: Report, tokens: VisualTokens) -> None:
     report.kept = tokens.kept()
     left = tokens.valid & tokens.protected
     report.separators = [source[where] for source, where in zip(tokens.source, left, strict=True)]
-    report.kernels = {"scores": "torch"}
 
 
 def _dense_bytes(call: Prefill) -> int:

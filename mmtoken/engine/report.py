@@ -71,7 +71,8 @@ class Report:
         scoring_seconds, vision_seconds, prefill_seconds: wall time in compressors and listening, in the encoder, and in
             the decoder's prefill.
         peak_memory_bytes: peak of the device's allocator during the prefill; None on a CPU.
-        kernels: which implementation of each scoring op ran.
+        kernels: which implementation of each operation of `mmtoken.kernels` ran for this prefill, {"attention_rows":
+            "torch"}; "torch+triton" where both did; empty where the method needs none.
         notes: remarks for people ("keep=64 is above the 36 tokens of item 0: all were kept").
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
@@ -33,6 +34,7 @@ from mmtoken.engine.reuse import VideoState
 from mmtoken.engine.selective import ReuseHooks
 from mmtoken.engine.vision import VisionHooks
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
+from mmtoken.kernels.dispatch import ran_since
 from mmtoken.tokens import VisualTokens
 
 _ATTACHED = "_mmtoken_session"
@@ -59,6 +61,7 @@ class ThreadState(threading.local):
         prefill: the decoder call in progress, if it holds visual tokens.
         decode_mask, decode_positions: logical mask and position ids of the decoder call in progress, if it does not.
         report: the report being filled.
+        ran: what had run in this thread, as `dispatch.ran` counts it, before what the report is about.
         latest: the last report filed.
         recorder: what generated tokens of earlier calls looked at, if the method asks for it.
         prompt: the prompt of the forward in progress, `asked` that of the `generate` in progress; only for methods that
@@ -77,6 +80,7 @@ class ThreadState(threading.local):
     decode_mask: Tensor | None = None
     decode_positions: Tensor | None = None
     report: Report | None = None
+    ran: Counter[tuple[str, str]]
     latest: Report | None = None
     recorder: Recorder | None = None
     prompt: Prompt | None = None
@@ -87,6 +91,7 @@ class ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.made = WeakValueDictionary()
+        self.ran = Counter()
 
 
 def check(
@@ -360,6 +365,7 @@ class Session(AbstractContextManager["Session"]):
 
     def file(self, report: Report) -> None:
         """Add a finished report; features stay with the last one of each thread only."""
+        report.kernels = ran_since(self.thread.ran)
         if self.thread.latest is not None:
             self.thread.latest.tokens = None
         self.reports.append(report)

@@ -43,7 +43,7 @@ class LayerStates:
             valid: which of them count; None: all.
             row: only this row of the batch; index and valid then have one row.
         """
-        return attention.mean_attention(*self._of(row), self.scaling, index, valid, self.past)
+        return attention.attention_of(*self._of(row), self.scaling, index, self.past, mean="queries", valid=valid)
 
     def head_attention(self, index: Tensor, row: int) -> Tensor:
         """float32[H, R, k] of one row of the batch: attention of the queries int[R]."""

@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput
 from mmtoken.backbones.base import Tower
 from mmtoken.compressors.base import TowerStates
 from mmtoken.errors import UnsupportedError
+from mmtoken.kernels.attention_rows import attention_rows
 from mmtoken.tokens import VisualTokens
 
 
@@ -331,27 +332,17 @@ class DenseRun(TowerRun):
         return self.restore(call.output, call.back)[:, self.tower.prefix :]
 
 
-def _received(
-    query: Tensor, key: Tensor, asking: Tensor | None = None, seen: Tensor | None = None, chunk: int = 256
-) -> Tensor:
-    """Attention each key receives: mean over queries, sum over heads; [.., H, q, d] and [.., H, k, d] give [.., k].
+def _received(query: Tensor, key: Tensor, asking: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+    """float32[B, k], attention each key receives: mean over queries, sum over heads.
 
-    Chunks of queries bound the memory by chunk x keys. `asking` bool[.., q] are the queries that count, `seen`
-    bool[.., k] the keys that may be looked at; None: all.
+    Args:
+        query: float[B, H, q, d].
+        key: float[B, H, k, d].
+        asking: bool[B, q], the queries that count; None: all.
+        seen: bool[B, k], the keys that may be looked at; None: all.
     """
-    total = query.new_zeros(*key.shape[:-3], key.shape[-2])
-    number: Tensor | int = query.shape[-2]
-    if asking is not None:
-        number = asking.sum(-1, keepdim=True)
-    for first in range(0, query.shape[-2], chunk):
-        scores = query[..., first : first + chunk, :] @ key.transpose(-1, -2) * key.shape[-1] ** -0.5
-        if seen is not None:
-            scores = scores.masked_fill(~seen[..., None, None, :], -torch.inf)
-        weights = scores.softmax(-1)
-        if asking is not None:
-            weights = weights * asking[..., None, first : first + chunk, None]
-        total += weights.sum((-3, -2))
-    return total / number
+    mask = None if seen is None else seen[:, None]
+    return attention_rows(query, key, mask=mask, valid=asking, mean="queries") * query.shape[1]
 
 
 class PackedRun(TowerRun):
@@ -477,7 +468,7 @@ class PackedRun(TowerRun):
         if joint:
             query, key = (x.transpose(0, 1).flatten(1)[None] for x in (query, key))
         bounds = nn.functional.pad(call.lengths.cumsum(0), (1, 0)).tolist()
-        parts = [_received(query[:, a:b], key[:, a:b]) for a, b in itertools.pairwise(bounds)]
+        parts = [_received(query[None, :, a:b], key[None, :, a:b])[0] for a, b in itertools.pairwise(bounds)]
         return self._on_grid(torch.cat(parts).view(-1, self.members).mean(-1), call)
 
     def mean_keys(self, block: int | None, *, joint: bool) -> Tensor:

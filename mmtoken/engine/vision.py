@@ -22,6 +22,7 @@ from mmtoken.engine.prompt import Prompt, known
 from mmtoken.engine.report import Report
 from mmtoken.engine.tower import DenseRun, PackedRun, TowerRun, restore_output
 from mmtoken.errors import UnsupportedError
+from mmtoken.kernels.dispatch import ran
 from mmtoken.tokens import VisualTokens
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ class VisionHooks:
         call = self.session.thread.encoder
         if call is None:  # a tower by itself
             call = EncoderCall("image", {"pixel_values": pixels})
-            self.session.thread.report = None
+            self.session.thread.report, self.session.thread.ran = None, ran()
         # What an aborted call left is taken away here, since hooks do not run after a KeyboardInterrupt.
         state.call, state.features, state.projected, state.projecting = call, None, None, False
         call.tiles = pixels.shape[0]

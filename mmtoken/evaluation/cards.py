@@ -32,6 +32,9 @@ README, PRESET, RESULTS = "README.md", "preset.yaml", "results.json"
 VIDEO = "video.md"
 """What `mmtoken.evaluation.video_figures` wrote about a method; it goes into the card as it is."""
 
+CONTROL = ("control-reading.md", "control.md")
+"""What people wrote about a method in closed loop, and what `mmtoken.evaluation.closed_loop_figures` did."""
+
 
 def preset(cls: type[Compressor]) -> str:
     """The default settings of a class as YAML, in the form that `--compressor FILE` and `resolve` read."""
@@ -40,7 +43,13 @@ def preset(cls: type[Compressor]) -> str:
     return note + yaml.safe_dump(written, sort_keys=False)
 
 
-def card(name: str, cls: type[Compressor], results: Mapping[str, Any] | None = None, video: str | None = None) -> str:
+def card(
+    name: str,
+    cls: type[Compressor],
+    results: Mapping[str, Any] | None = None,
+    video: str | None = None,
+    control: Sequence[str] = (),
+) -> str:
     """The README of a method's folder.
 
     Args:
@@ -48,6 +57,7 @@ def card(name: str, cls: type[Compressor], results: Mapping[str, Any] | None = N
         cls: the class.
         results: content of its `results.json`, as `split_results` makes it.
         video: content of its `video.md`.
+        control: contents of those files of `CONTROL` that it has.
     """
     idea, settings = docstring(cls)
     for base in cls.__mro__[1:]:  # settings that a method takes over from another one
@@ -97,6 +107,8 @@ def card(name: str, cls: type[Compressor], results: Mapping[str, Any] | None = N
         lines += ["", "## Results", "", *_results(results)]
     if video is not None:
         lines += ["", "## On videos", "", video.rstrip()]
+    if control:
+        lines += ["", "## In closed loop", "", "\n\n".join(text.rstrip() for text in control)]
     return "\n".join(lines) + "\n"
 
 
@@ -171,10 +183,11 @@ def write_cards(folder: str | Path, accuracy: Sequence[str | Path] = ()) -> list
 
 
 def contents(name: str, cls: type[Compressor], place: Path) -> dict[str, str]:
-    """File name -> text of what is generated into the folder `place`, whose `results.json` and `video.md` are read."""
+    """File name -> text of what is generated into the folder `place`, whose results are read."""
     results = _read(place / RESULTS) if (place / RESULTS).exists() else None
     video = (place / VIDEO).read_text() if (place / VIDEO).exists() else None
-    return {README: card(name, cls, results, video), PRESET: preset(cls)}
+    control = [(place / file).read_text() for file in CONTROL if (place / file).exists()]
+    return {README: card(name, cls, results, video, control), PRESET: preset(cls)}
 
 
 def _default(cls: type[Compressor]) -> Compressor:

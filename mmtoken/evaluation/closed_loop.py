@@ -3,9 +3,9 @@
     python -m mmtoken.evaluation.closed_loop --out compressors/vlapruner
 
 Every cell (a method at a budget) runs the same episodes: the same scenes, cameras and instructions for the same policy,
-so that what differs is the pruning. Cells go into `control-runs.json`, whole after every cell of one policy, and a call
-goes on where an earlier one stopped. `--share I/N` does every N-th of them (in `control-runs-I.json`); whoever has all
-of them writes `control.json`, `control.md` and pictures (`mmtoken.evaluation.closed_loop_figures`).
+so that what differs is the pruning. Cells go into `control.json`, whole after every cell of one policy, and a call goes
+on where an earlier one stopped. `--share I/N` does every N-th of them (in `control-I.json`); the call that finds all
+of them joins them in `control.json` and writes `control.md` and `control.png`, see `closed_loop_figures`.
 
 Beside success stand the tokens that decoder layers really processed, averaged over layers and steps, the warm-up of
 methods that look back included: the same count for methods that cut before and inside the decoder.
@@ -33,8 +33,7 @@ from mmtoken.control.episode import Episode
 from mmtoken.control.policy import Policy
 from mmtoken.datasets.pick_place import PickPlace
 from mmtoken.engine.report import Report
-from mmtoken.errors import InputError
-from mmtoken.evaluation.closed_loop_figures import OVERLAP, TIME, write
+from mmtoken.evaluation.closed_loop_figures import OVERLAP, TIME, complete, joined, write
 from mmtoken.evaluation.timing import Stopwatch, Summary, environment, interleave, one_thread
 from mmtoken.hub import load
 from mmtoken.wholefile import whole_file
@@ -53,8 +52,8 @@ FIRST_SEED = 1_000_000
 KEEPS = (0.5, 0.25, 0.125)
 
 LAYER = 1
-"""First decoder layer that sees kept tokens only, for methods that cut inside the decoder: their papers' 2 and 3 of 32
-would be 0 of 4, where nothing has been computed yet that could be read."""
+"""First decoder layer that sees kept tokens only, for methods that cut inside the decoder: 2 and 3 of 32 in their
+papers, at this depth the earliest there is."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +294,7 @@ def times(policy: Policy, plans: Sequence[Cell], seed: int, rounds: int) -> dict
 
 
 class Results:
-    """`control-runs.json`, written whole after every entry; entries that it holds are not run again."""
+    """`control.json`, written whole after every entry; entries that it holds are not run again."""
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path = path
@@ -310,29 +309,11 @@ class Results:
 
     def put(self, policy: str, name: str, found: dict[str, Any]) -> None:
         self.content["runs"].setdefault(policy, {})[name] = found
+        self.write()
+
+    def write(self) -> None:
         with whole_file(self.path) as file:
             file.write_text(json.dumps(self.content) + "\n")
-
-
-def joined(folder: Path) -> dict[str, Any]:
-    """The content of `control-runs.json` and its shares.
-
-    Raises:
-        InputError: there are none, or they are about different policies, episodes or cells.
-    """
-    files = [*sorted(folder.glob("control-runs-[0-9]*.json")), *folder.glob("control-runs.json")]
-    if not files:
-        raise InputError(f"out={str(folder)!r} holds no control-runs.json; run mmtoken.evaluation.closed_loop first.")
-    contents = [json.loads(file.read_text()) for file in files]
-    whole: dict[str, Any] = contents[0]
-    for content in contents[1:]:
-        if any(content[key] != whole[key] for key in ("schema_version", "weights", "seeds", "cells")):
-            raise InputError(
-                f"out={str(folder)!r}: control-runs files are about different policies, episodes or cells."
-            )
-        for policy, runs in content["runs"].items():
-            whole["runs"].setdefault(policy, {}).update(runs)
-    return whole
 
 
 def tasks(names: Sequence[str], plans: Sequence[Cell]) -> Iterator[tuple[str, str]]:
@@ -341,13 +322,6 @@ def tasks(names: Sequence[str], plans: Sequence[Cell]) -> Iterator[tuple[str, st
         for policy in names:
             yield policy, name
     yield names[0], TIME
-
-
-def complete(content: Mapping[str, Any]) -> bool:
-    """Whether every task is among the results."""
-    names, plans = list(content["seeds"]), [*content["cells"], OVERLAP]
-    runs = content["runs"]
-    return all(name in runs.get(policy, {}) for policy in names for name in plans) and TIME in runs[names[0]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -383,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seeds": seeds,
         "cells": {cell.name: cell.to_dict() for cell in plans},
     }
-    results = Results(out / f"control-runs{f'-{turn:02d}' if options.share else ''}.json", head)
+    results = Results(out / f"control{f'-{turn:02d}' if options.share else ''}.json", head)
     by_name = {cell.name: cell for cell in plans}
     mine = list(tasks(list(policies), plans))[turn::of]
     for number, (policy, name) in enumerate(mine, 1):

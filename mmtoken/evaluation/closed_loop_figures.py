@@ -2,8 +2,8 @@
 
     python -m mmtoken.evaluation.closed_loop_figures --out compressors/vlapruner
 
-reads `control-runs*.json` there, or an earlier `control.json`, and writes `control.json` (everything, in one file),
-`control.md` and `control.png`.
+reads `control.json` and its shares there, and writes `control.json` (everything, in one file), `control.md` and
+`control.png`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,32 @@ PAPER_OVERLAP = {"prefill and action": (72, 59, 52), "consecutive actions": (95,
 
 _KEEPS = ("0.5", "0.25", "0.125")
 _INK = "#222222"
+
+
+def joined(folder: Path) -> dict[str, Any]:
+    """The content of `control.json` and its shares.
+
+    Raises:
+        InputError: there are none, or they are about different policies, episodes or cells.
+    """
+    files = [*sorted(folder.glob("control-[0-9]*.json")), *folder.glob("control.json")]
+    if not files:
+        raise InputError(f"out={str(folder)!r} holds no control.json; run mmtoken.evaluation.closed_loop first.")
+    contents = [json.loads(file.read_text()) for file in files]
+    whole: dict[str, Any] = contents[0]
+    for content in contents[1:]:
+        if any(content[key] != whole[key] for key in ("schema_version", "weights", "seeds", "cells")):
+            raise InputError(f"out={str(folder)!r}: control files are about different policies, episodes or cells.")
+        for policy, runs in content["runs"].items():
+            whole["runs"].setdefault(policy, {}).update(runs)
+    return whole
+
+
+def complete(content: Mapping[str, Any]) -> bool:
+    """Whether every task is among the results."""
+    names, plans = list(content["seeds"]), [*content["cells"], OVERLAP]
+    runs = content["runs"]
+    return all(name in runs.get(policy, {}) for policy in names for name in plans) and TIME in runs[names[0]]
 
 
 def summaries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -249,7 +275,7 @@ def _overlap(panel: Any, found: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def write(content: Mapping[str, Any], out: Path) -> None:
-    """`control.json`, `control.md` and `control.png` in `out`, each whole; shares of the runs are in the first then."""
+    """`control.json`, `control.md` and `control.png` in `out`, each whole."""
     whole = {**content, "summary": summaries(content), "overlap": overlaps(content)}
     for name, text in (("control.json", json.dumps(whole) + "\n"), ("control.md", report(whole))):
         with whole_file(out / name) as file:
@@ -259,15 +285,10 @@ def write(content: Mapping[str, Any], out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from mmtoken.evaluation.closed_loop import complete, joined
-
     parser = argparse.ArgumentParser(prog="python -m mmtoken.evaluation.closed_loop_figures", description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     out = parser.parse_args(argv).out
-    earlier = out / "control.json"
-    content = (
-        joined(out) if any(out.glob("control-runs*.json")) or not earlier.is_file() else json.loads(earlier.read_text())
-    )
+    content = joined(out)
     if not complete(content):
         raise InputError(f"out={str(out)!r}: some cells are missing; run mmtoken.evaluation.closed_loop to its end.")
     write(content, out)

@@ -109,7 +109,7 @@ def build(shape: ArmShape, device: torch.device, dtype: torch.dtype, seed: int =
     config = OpenVLAConfig(text_config=text, timm_model_args=[tower, tower], pad_token_id=shape.vocabulary - 64)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = OpenVLAForActionPrediction(config).eval().to(device, dtype)
+        model = OpenVLAForActionPrediction(config).train(False).to(device, dtype)
         pixels = torch.randn(1, 6, 224, 224).to(device, dtype)
         words = torch.randint(10, shape.vocabulary - 400, (1, shape.prompt - model.vision_backbone.patches))
         remembered = torch.rand(1, model.vision_backbone.patches).to(device)

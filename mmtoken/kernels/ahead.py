@@ -40,6 +40,8 @@ MAX_SHARED = 100 * 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
 """Programs along each axis of a grid."""
 TOKENS = 2880
+TOKENS_BACKWARD = 576
+"""Fewer, for what a backward pass does in plain torch is really computed."""
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -121,11 +123,11 @@ class Absent(DriverBase):  # type: ignore[misc]
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 2**31}  # `faults` judges it
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, str, int, int, int]:
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[str, str, int, int, int]:
         entry = self.compiled[-1]
         entry.registers, entry.stack_bytes = resources(binary)
         entry.shared_bytes = shared
-        return None, name, entry.registers, entry.stack_bytes, 1024
+        return name, name, entry.registers, entry.stack_bytes, 1024
 
     def unload_module(self, module: object) -> None:
         pass
@@ -181,13 +183,16 @@ def sized(operation: Operation) -> Iterator[tuple[Case, str | None]]:
         yield from ((case, name) for name in case.real or (None,))
 
 
-def compile_operation(operation: Operation, capability: int, tokens: int = TOKENS) -> list[Compiled]:
+def compile_operation(
+    operation: Operation, capability: int, tokens: int = TOKENS, backward: int = TOKENS_BACKWARD
+) -> list[Compiled]:
     """Compile all that an operation launches, forward and backward, in its cases.
 
     Args:
         operation: one of mmtoken/kernels.
         capability: 90 for sm_90.
         tokens: N of the inputs.
+        backward: N where the backward pass is run too.
 
     Raises:
         InputError: kernels are interpreted, a grid is too large, or a kernel of its module was never launched.
@@ -198,10 +203,11 @@ def compile_operation(operation: Operation, capability: int, tokens: int = TOKEN
     triton.runtime.driver.set_active(driver)
     for case, size in sized(operation):
         for dtype in DTYPES:
-            inputs = made(case, tokens, dtype, size=size)
             driver.case = (operation.name, f"{case.name}, {size or 'small'}, {str(dtype).removeprefix('torch.')}")
-            driver.kept = {x.untyped_storage().data_ptr() for x in inputs.values() if isinstance(x, Tensor)}
-            _launch(operation, case, inputs)
+            for n, differentiable in ((tokens, ()), (backward, case.differentiable)):
+                inputs = changed(made(case, n, dtype, size=size), lambda x: x.requires_grad_(), differentiable)
+                driver.kept = {x.untyped_storage().data_ptr() for x in inputs.values() if isinstance(x, Tensor)}
+                _launch(operation, inputs)
     unused = sorted(set(kernels(operation)) - driver.launched)
     if unused:
         raise InputError(f"{operation.name}: no case launches {', '.join(unused)}; add one to its cases.")
@@ -220,8 +226,7 @@ def kernels(operation: Operation) -> list[str]:
     return sorted(set(found) - called)
 
 
-def _launch(operation: Operation, case: Case, inputs: Inputs) -> None:
-    inputs = changed(inputs, lambda x: x.requires_grad_(), case.differentiable)
+def _launch(operation: Operation, inputs: Inputs) -> None:
     for operator, arguments in operation.operators(inputs):
         found = operator(*arguments)
         found = (found,) if isinstance(found, Tensor) else found

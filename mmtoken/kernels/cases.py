@@ -76,11 +76,15 @@ class Operation:
     naive: Callable[..., Any] | None = None
 
 
+def operation_names() -> list[str]:
+    """Every operation of mmtoken/kernels, by its folder."""
+    folder = Path(__file__).parent
+    return sorted(module.name for module in pkgutil.iter_modules([str(folder)]) if module.ispkg)
+
+
 def operations() -> dict[str, Operation]:
     """Every operation of mmtoken/kernels by name; reads their folders' `cases`."""
-    folder = Path(__file__).parent
-    names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]) if module.ispkg)
-    return {name: importlib.import_module(f"mmtoken.kernels.{name}.cases").OPERATION for name in names}
+    return {name: importlib.import_module(f"mmtoken.kernels.{name}.cases").OPERATION for name in operation_names()}
 
 
 def made(case: Case, n: int, dtype: torch.dtype, batch: int = 1, *, seed: int = 0, size: str | None = None) -> Inputs:

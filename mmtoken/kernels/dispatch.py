@@ -46,6 +46,11 @@ def using(impl: Impl) -> Iterator[None]:
         _thread.forced = before
 
 
+def default_impl(cuda: bool) -> str:
+    """What `impl="auto"` means for tensors on a CUDA device, or elsewhere."""
+    return "triton" if cuda and _TRITON else "torch"
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _decide(impl: str, cuda: bool) -> str:
     """What runs, as far as the thread, the environment and the package decide; torch.compile fixes it when tracing."""
@@ -53,7 +58,7 @@ def _decide(impl: str, cuda: bool) -> str:
     if impl == "auto":
         impl = _thread.forced
     if impl == "auto":
-        return "triton" if cuda and _TRITON else "torch"
+        return default_impl(cuda)
     if impl == "torch":
         return impl
     if not _TRITON:
@@ -85,6 +90,15 @@ def choose(operation: str, *tensors: Tensor | None, impl: Impl = "auto") -> str:
     if not torch.compiler.is_compiling():
         _thread.ran[operation, decided] += 1
     return decided
+
+
+def can_run(impl: Impl, device: torch.device) -> bool:
+    """Whether `impl` would run for tensors on `device`."""
+    try:
+        _decide(impl, device.type == "cuda")
+    except UnsupportedError:
+        return False
+    return True
 
 
 def ran() -> Counter[tuple[str, str]]:

@@ -21,7 +21,8 @@ class ZooModel:
         card: folder of the card under `models/`.
         licence: of the weights.
         benchmarks: what the model was trained for, by their names in `mmtoken.evaluation.benchmarks`; none for models
-            of videos, which `mmtoken.evaluation.video` asks.
+            that answer no questions about single pictures.
+        evaluation: how to evaluate those, the module with its arguments.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ZooModel:
     card: str
     licence: str = "Apache-2.0"
     benchmarks: tuple[str, ...] = ("shapes_qa", "photo_digits")
+    evaluation: str = ""
 
     @property
     def path(self) -> Path:
@@ -62,6 +64,18 @@ ZOO: tuple[ZooModel, ...] = (
         "tiny_llava_video",
         "tiny_llava_video",
         benchmarks=(),
+        evaluation="mmtoken.evaluation.video --model tiny-llava-video",
+    ),
+    *(
+        ZooModel(
+            f"tiny-openvla{suffix}",
+            f"OpenVLA, 1 M parameters: picks up the named thing of the PickPlace task and puts it down{note}",
+            f"tiny_openvla{suffix.replace('-', '_')}",
+            "tiny_openvla",
+            benchmarks=(),
+            evaluation="mmtoken.evaluation.closed_loop",
+        )
+        for suffix, note in (("", ""), ("-seed1", "; training seed 1"), ("-seed2", "; training seed 2"))
     ),
 )
 

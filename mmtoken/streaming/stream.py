@@ -368,8 +368,8 @@ class Stream(AbstractContextManager["Stream"]):
             keys = torch.cat([seen.keys, keys], 2)
         query = tables.rotate(ran.queries[layer])[None]
         index = torch.tensor([[row]], device=keys.device)
-        paid = attention.attention_of(query, keys, None, self._passes.scaling(layer), index, seen.length)
-        return paid[0, :, 0, seen.length :].mean(0)
+        paid = attention.attention_of(query, keys, None, self._passes.scaling(layer), index, seen.length, mean="heads")
+        return paid[0, 0, seen.length :]
 
     def _leave(self, steps: list[Step], limit: int, remembered: dict[str, Any]) -> list[Step]:
         """Those of all steps that stay."""

@@ -83,7 +83,7 @@ def export_network(
         config_file = whole / "config.json"
         settings = json.loads(config_file.read_text())
         # What from_pretrained loads by default: half precision saves disk, but CPUs compute best in float32.
-        for part in (settings, settings["text_config"], settings["vision_config"]):
+        for part in (settings, *(settings[name] for name in ("text_config", "vision_config") if name in settings)):
             part["dtype"] = "float32"
         config_file.write_text(json.dumps(settings, indent=2) + "\n")
         for file in whole.iterdir():

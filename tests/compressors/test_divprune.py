@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtoken.compressors import DivPrune, divprune
-from mmtoken.compressors.divprune import maxmin_select
+from mmtoken.compressors import DivPrune
+from mmtoken.compressors.divprune import maxmin_mask
+from mmtoken.kernels.maxmin_select import reference as maxmin_select
+from mmtoken.kernels.similarity_stats import reference as similarity_stats
 from mmtoken.tokens import VisualTokens
 from tests.compressors.batches import act, lengths, make
 
@@ -33,7 +35,7 @@ def greedy(features: torch.Tensor, count: int) -> list[int]:
 
 
 def select(features: torch.Tensor, count: int) -> list[int]:
-    (picked,) = maxmin_select(features[None], [count], torch.ones(1, len(features), dtype=torch.bool))
+    (picked,) = maxmin_mask(features[None], [count], torch.ones(1, len(features), dtype=torch.bool))
     return picked.nonzero()[:, 0].tolist()
 
 
@@ -74,22 +76,24 @@ def test_of_two_mutual_neighbours_the_lower_index_is_taken_whatever_rounding_say
     features = torch.randn(300, 11, 29, generator=torch.Generator().manual_seed(4))
     eligible = torch.zeros(300, 11, dtype=torch.bool)
     eligible[:, [2, 9]] = True  # each is the other's nearest, at the very same distance
-    assert maxmin_select(features, [1] * 300, eligible).nonzero()[:, 1].tolist() == [2] * 300
+    assert maxmin_mask(features, [1] * 300, eligible).nonzero()[:, 1].tolist() == [2] * 300
 
 
 def test_tiles_change_nothing(monkeypatch):
     features = torch.randn(3, 23, 6, generator=torch.Generator().manual_seed(5))
     eligible = torch.rand(3, 23, generator=torch.Generator().manual_seed(6)) > 0.2
-    whole = maxmin_select(features, [4, 7, 9], eligible)
-    monkeypatch.setattr(divprune, "TILE", 4)
-    assert torch.equal(maxmin_select(features, [4, 7, 9], eligible), whole)
+    whole = maxmin_mask(features, [4, 7, 9], eligible)
+    monkeypatch.setattr(similarity_stats, "TILE", 4)
+    monkeypatch.setattr(maxmin_select, "WHOLE", 0)
+    assert torch.equal(maxmin_mask(features, [4, 7, 9], eligible), whole)
     for row, count in enumerate((4, 7, 9)):
         where = eligible[row].nonzero()[:, 0]
         assert whole[row].nonzero()[:, 0].tolist() == where[greedy(features[row, where], count)].tolist()
 
 
 def test_mutual_neighbours_in_different_tiles_are_at_the_same_distance(monkeypatch):
-    monkeypatch.setattr(divprune, "TILE", 3)
+    monkeypatch.setattr(similarity_stats, "TILE", 3)
+    monkeypatch.setattr(maxmin_select, "WHOLE", 0)
     test_of_two_mutual_neighbours_the_lower_index_is_taken_whatever_rounding_says()
 
 

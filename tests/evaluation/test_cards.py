@@ -152,3 +152,12 @@ def test_what_was_seen_on_videos_goes_into_the_card(tmp_path: Path) -> None:
     (tmp_path / "video.md").write_text("Clips.\n\n![accuracy](video.png)\n")
     text = cards.contents("dycoke", cls, tmp_path)["README.md"]
     assert text.endswith("## On videos\n\nClips.\n\n![accuracy](video.png)\n")
+
+
+def test_what_was_seen_in_closed_loop_goes_into_the_card_behind_its_reading(tmp_path: Path) -> None:
+    cls = names()["vlapruner"]
+    (tmp_path / "control.md").write_text("Episodes.\n")
+    assert cards.contents("vlapruner", cls, tmp_path)["README.md"].endswith("## In closed loop\n\nEpisodes.\n")
+    (tmp_path / "control-reading.md").write_text("A toy.\n")
+    text = cards.contents("vlapruner", cls, tmp_path)["README.md"]
+    assert text.endswith("## In closed loop\n\nA toy.\n\nEpisodes.\n")

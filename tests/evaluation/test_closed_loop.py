@@ -16,7 +16,8 @@ from mmtoken.compressors import FastV, VLAPruner
 from mmtoken.datasets.pick_place import PickPlace
 from mmtoken.errors import InputError
 from mmtoken.evaluation import closed_loop, closed_loop_figures
-from mmtoken.evaluation.closed_loop import Results, cells, complete, joined, overlap, run, shared, tasks, times
+from mmtoken.evaluation.closed_loop import Results, cells, overlap, run, shared, tasks, times
+from mmtoken.evaluation.closed_loop_figures import complete, joined
 from tests.control.policies import ACTION, policy
 
 PRUNER = VLAPruner(keep=0.25, layer=1, action_tokens=ACTION)
@@ -144,23 +145,23 @@ HEAD: dict[str, Any] = {
 
 
 def test_results_go_on_where_they_stopped_unless_they_are_about_something_else(tmp_path: Path) -> None:
-    file = tmp_path / "control-runs.json"
+    file = tmp_path / "control.json"
     Results(file, HEAD).put("a", "Dense", {"success": [1, 0]})
     again = Results(file, HEAD)
     assert again.has("a", "Dense") and not again.has("b", "Dense") and not again.has("a", "FastV 0.5")
     for other in ({"weights": {"a": "1", "b": "3"}}, {"seeds": {"a": [1]}}, {"cells": {}}):
         assert not Results(file, {**HEAD, **other}).has("a", "Dense")
-    Results(tmp_path / "control-runs-01.json", {**HEAD, "seeds": {}}).put("a", "x", {})
+    Results(tmp_path / "control-01.json", {**HEAD, "seeds": {}}).put("a", "x", {})
     with pytest.raises(InputError, match="different policies, episodes or cells"):
         joined(tmp_path)
-    with pytest.raises(InputError, match=r"holds no control-runs\.json"):
+    with pytest.raises(InputError, match=r"holds no control\.json"):
         joined(tmp_path.parent)
 
 
 def fill(folder: Path) -> None:
     """Made-up results in two shares."""
     rng = np.random.default_rng(0)
-    shares = [Results(folder / f"control-runs-{i:02d}.json", HEAD) for i in range(2)]
+    shares = [Results(folder / f"control-{i:02d}.json", HEAD) for i in range(2)]
     for number, (name, entry) in enumerate(tasks(["a", "b"], cells(ACTION))):
         found: dict[str, Any] = {"cpu_seconds": 1.0, "success": rng.integers(0, 2, 2).tolist(), "length": [3, 5]}
         if entry == "time":
@@ -175,7 +176,9 @@ def fill(folder: Path) -> None:
                 "steps": steps, "layer_average": float(steps), "tokens_left": 4.0, "pruned_steps": 0.5,
                 "flops_share": 0.5,
             }  # fmt: skip
-        shares[number % 2].put(name, entry, found)
+        shares[number % 2].content["runs"].setdefault(name, {})[entry] = found
+    for share in shares:
+        share.write()
 
 
 def test_shares_join_to_one_file_with_tables_and_a_picture(tmp_path: Path) -> None:
@@ -198,7 +201,7 @@ def test_shares_join_to_one_file_with_tables_and_a_picture(tmp_path: Path) -> No
     text = (tmp_path / "control.md").read_text()
     assert text.count("\n| ") == 2 + 28 + 2 + 2 and (tmp_path / "control.png").read_bytes().startswith(b"\x89PNG")
     # What was joined once can be drawn again without the shares.
-    for file in tmp_path.glob("control-runs-*"):
+    for file in tmp_path.glob("control-*"):
         file.unlink()
     before = (tmp_path / "control.json").read_text()
     closed_loop_figures.main(["--out", str(tmp_path)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmtoken.evaluation.metrics import majority, wilson
+from mmtoken.evaluation.metrics import majority, paired_difference, wilson
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,20 @@ def test_majority_is_the_share_of_the_most_frequent_answer() -> None:
     assert majority(["red"]) == 1.0
     assert majority(["1", "2", "3"]) == pytest.approx(1 / 3)
     assert majority([]) == 0.0
+
+
+def test_a_paired_difference_worked_out_by_hand() -> None:
+    # 50 tries, 3 won by the first only, 8 by the second only: (4 - 9) / 52 +- 1.959964 sqrt((13/52 - (5/52)^2) / 52).
+    mine, base = [1] * 3 + [0] * 8 + [1] * 30 + [0] * 9, [0] * 3 + [1] * 8 + [1] * 30 + [0] * 9
+    assert paired_difference(mine, base) == pytest.approx((-0.1, -0.229516, 0.037209), abs=2e-6)
+    seen, low, high = paired_difference(base, mine)
+    assert (seen, low, high) == pytest.approx((0.1, -0.037209, 0.229516), abs=2e-6)
+
+
+def test_equal_outcomes_leave_a_width_and_ends_stay_in_range() -> None:
+    seen, low, high = paired_difference([1, 0, 1], [1, 0, 1])
+    assert seen == 0 and low == -high and 0.5 < high < 1
+    assert paired_difference([1] * 2, [0] * 2)[2] == 1.0
+    assert paired_difference([], []) == (0.0, -1.0, 1.0)
+    with pytest.raises(ValueError, match="zip"):
+        paired_difference([1], [1, 0])

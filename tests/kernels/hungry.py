@@ -64,7 +64,7 @@ def said(wrong: str) -> list[str]:
         "hungry", launch, lambda inputs: [(launch, (wrong, inputs["x"]))], (case,), lambda *_: Cost(0, 0)
     )
     try:
-        return [fault for row in compile_operation(operation, 80, tokens=64) for fault in row.faults()]
+        return [fault for row in compile_operation(operation, 80, 64, 64) for fault in row.faults()]
     except InputError as error:
         return [str(error)]
 

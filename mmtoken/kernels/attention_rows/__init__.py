@@ -43,7 +43,7 @@ def attention_rows(
         mask: bool[B or 1, q or 1, N], True where a query sees a key, or float, added to the scaled products; entries
             below half the lowest number of its type hide the key. No gradient flows to it. None: every key.
         causal_offset: query i (its place among q) sees no key after `causal_offset + i`; None: not causal.
-        valid: bool[B, R], the queries that count in the mean over queries; None: all.
+        valid: bool[B, R], the queries that count in the mean over queries, the others may hold NaN; None: all.
         mean: "none", "heads" or "queries" (over heads and over the queries that count).
         impl: see `mmtoken.kernels.dispatch`.
 

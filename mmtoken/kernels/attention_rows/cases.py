@@ -100,17 +100,20 @@ def naive(
     _, heads, queries, width = query.shape
     scale = width**-0.5 if scale is None else scale
     scores = query.float() @ key.float().repeat_interleave(heads // key.shape[1], 1).transpose(-1, -2) * scale
+    nothing = None
     if mask is not None:
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        scores = scores if mask.dtype == torch.bool else scores + mask.float()[:, None]
-        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        nothing = ~seen.any(-1, keepdim=True)
+        if mask.dtype != torch.bool:
+            scores = scores + mask.float().masked_fill(nothing, 0.0)[:, None]
+        scores = scores.masked_fill(~(seen | nothing)[:, None], -torch.inf)
     if causal_offset is not None:
         place = torch.arange(key.shape[2], device=key.device)
         last = torch.arange(queries, device=key.device)[:, None] + causal_offset
         scores = scores.masked_fill(place > last, -torch.inf)
     rows = scores.softmax(-1)
-    if mask is not None:
-        rows = rows.nan_to_num(0.0)
+    if nothing is not None:
+        rows = rows.masked_fill(nothing[:, None], 0.0)
     if index is not None:
         rows = rows.gather(2, index[:, None, :, None].expand(-1, heads, -1, rows.shape[3]))
     if mean == "none":

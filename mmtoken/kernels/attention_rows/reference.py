@@ -69,6 +69,7 @@ def _tiles(
     key: Tensor,
     index: Tensor | None,
     mask: Tensor | None,
+    valid: Tensor | None,
     scale: float,
     offset: int | None,
 ) -> Iterator[Tile]:
@@ -96,7 +97,11 @@ def _tiles(
                     part = part[:, :, :, r]
                 else:
                     part = part.gather(3, index[b, None, None, r, None].expand(*part.shape[:3], -1, width))
-                ask = (part.float() * scale).reshape(*part.shape[:2], -1, width)
+                part = part.float() * scale
+                if valid is not None:
+                    # Zero times what stands in padding may be NaN.
+                    part = part.masked_fill(~valid[b, None, None, r, None], 0.0)
+                ask = part.reshape(*part.shape[:2], -1, width)
                 keys = key[b, g].float()
                 scores = ask @ keys.transpose(-1, -2)
                 if seen is not None:
@@ -146,7 +151,7 @@ def forward(
         "queries": (batch, length),
     }
     total = query.new_zeros(shape[mean], dtype=torch.float32)
-    for tile in _tiles(query, key, index, mask, scale, offset):
+    for tile in _tiles(query, key, index, mask, valid if mean == "queries" else None, scale, offset):
         share = _share(tile, index, valid, query, mean)
         some = tile.weight.unflatten(2, (shared, -1))
         if mean == "none":
@@ -177,7 +182,7 @@ def gradients(
     of_key = key.new_zeros(key.shape, dtype=torch.float32)
     if mean == "none":
         upstream = upstream.unflatten(1, (groups, shared))
-    for tile in _tiles(query, key, index, mask, scale, offset):
+    for tile in _tiles(query, key, index, mask, valid if mean == "queries" else None, scale, offset):
         if mean == "none":
             above = upstream[tile.batch, tile.groups, :, tile.rows]
         elif mean == "heads":
@@ -208,7 +213,7 @@ class _AttentionRows(torch.autograd.Function):
         return forward(*arguments)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return *gradients(upstream, *ctx.saved_tensors, *ctx.settings), *[None] * 6
 
 

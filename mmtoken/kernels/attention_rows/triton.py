@@ -20,12 +20,15 @@ from torch import Tensor
 
 from mmtoken.kernels.attention_rows import reference
 
-KEYS = 64
-"""Keys of a tile."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run on the CPU; triton decides it when a kernel is defined. There each tile costs the same time
+whatever its size, so tiles are large and few."""
+ROWS, KEYS = (256, 256) if INTERPRETED else (64, 64)
+"""Most rows, and keys, of a tile."""
 MOST_WIDTH = 128
 """Channels that a tile holds at once; wider heads take several."""
 MOST_SPLITS = 64
-PROGRAMS = 512
+PROGRAMS = 4 if INTERPRETED else 512
 """Enough programs to fill a device."""
 MOST_SCORES = 1 << 26
 """Scores held at once where the mean over heads of many rows is asked for: more rows go one part after the other."""
@@ -155,7 +158,9 @@ def _columns(
         )  # fmt: skip
         most, weight = _combined(maxima, sums, pair * shared * count + rows, in_rows, SPLITS)
         part = tl.load(counts + pair // groups * count + rows % count, mask=in_rows, other=0.0)
-        total += tl.sum(tl.exp(scores - most[:, None]) * (part / weight)[:, None], 0)
+        share = tl.exp(scores - most[:, None]) * (part / weight)[:, None]
+        # A query that does not count may be padding, and zero times NaN is NaN.
+        total += tl.sum(tl.where(part[:, None] > 0, share, 0.0), 0)
     tl.store(out + pair * length + keys, total, mask=keys < length)
 
 
@@ -198,7 +203,7 @@ def operator(
         else:
             kind, lowest = 2, torch.finfo(mask.dtype).min / 2
     strides = (*query.stride()[:3], *key.stride()[:3], *((0, 0) if index is None else index.stride()), *mask_strides)
-    rows, keys = _power(count * shared, 16, 64), KEYS
+    rows, keys = _power(count * shared, 16, ROWS), KEYS
     chunk = _power(width, 16, MOST_WIDTH)
     tiles = batch * groups * triton.cdiv(count * shared, rows)
     splits = _power(min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(length, keys)), 1, MOST_SPLITS)
@@ -212,7 +217,7 @@ def operator(
         "MASK": kind,
         "CAUSAL": offset is not None,
         # The interpreter multiplies bfloat16 wrongly.
-        "CAST": query.dtype != key.dtype or os.environ.get("TRITON_INTERPRET") == "1",
+        "CAST": INTERPRETED or query.dtype != key.dtype,
         "SPLITS": splits,
     }
     maxima, sums = query.new_empty(2, batch, heads, count, splits, dtype=torch.float32)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.linalg import vecdot, vector_norm
-from torch.nn.functional import cosine_similarity
+
+ROWS = 512
+"""Keys compared at a time: what is in between stays in a processor's cache, and is no copy of both frames."""
+EPS = 1e-8
 
 
 def frame_delta(keys: Tensor, anchor: Tensor, similarity: str) -> Tensor:
     """float32[F, T]; see `mmtoken.kernels.frame_delta.frame_delta`."""
-    new, old = keys.float(), anchor.float()
-    scores: Tensor
-    if similarity == "cosine":
-        scores = cosine_similarity(new, old, dim=-1)
-    elif similarity == "dot":
-        scores = vecdot(new, old)
-    else:
-        scores = -vector_norm(new - old, 1 if similarity == "l1" else 2, dim=-1)
-    return scores
+    step = max(1, ROWS // max(1, len(keys)))
+    parts = zip(keys.split(step, 1), anchor.split(step, 1), strict=True)
+    return torch.cat([_compared(new.float(), old.float(), similarity) for new, old in parts], 1)
+
+
+def _compared(new: Tensor, old: Tensor, similarity: str) -> Tensor:
+    if similarity in ("cosine", "dot"):
+        product = (new * old).sum(-1)
+        if similarity == "dot":
+            return product
+        return product / new.norm(dim=-1).clamp(min=EPS) / old.norm(dim=-1).clamp(min=EPS)
+    difference = new - old
+    return -(difference.abs().sum(-1) if similarity == "l1" else difference.norm(dim=-1))

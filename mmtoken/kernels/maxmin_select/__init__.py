@@ -59,4 +59,5 @@ def maxmin_select(
         return reference.maxmin_select(features, steps, eligible, counts)
     from mmtoken.kernels.maxmin_select import triton
 
-    return triton.maxmin_select(features, steps, eligible, counts)
+    picks: Tensor = triton.maxmin_select(features, steps, eligible, counts)
+    return picks

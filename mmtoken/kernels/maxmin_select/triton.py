@@ -16,7 +16,7 @@ from torch import Tensor
 from mmtoken.kernels.similarity_stats.triton import inverse_norm, similarity_stats
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step", "steps", "n", "blocks"])
 def maxmin_step_kernel(
     x,
     scale,

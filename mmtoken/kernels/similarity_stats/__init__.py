@@ -29,7 +29,7 @@ def similarity_stats(
     Args:
         features: float[B, N, D], of which the rows are; finite. Products are added up in float32.
         other: float[B, M, D], of which the columns are; None: `features` again, no token being compared with itself.
-        rows: bool[B, N], those that are asked for; None: all. The others have maximum -inf, index -1 and count 0, as
+        rows: bool[B, N], those that are asked for; None: all. The others have max -inf, argmax -1 and above 0, as
             have rows without any column.
         columns: bool[B, M], those that are compared with; None: all.
         threshold: similarities above it are counted. Of 1, the default, none is: what is above is rounding.
@@ -37,7 +37,7 @@ def similarity_stats(
 
     Returns:
         `SimilarityStats`. Of equal similarities the lower index wins. A zero vector has similarity 0 to everything.
-        Gradients flow through the maximum, into the row's token and into the one at its index.
+        Gradients flow through the maximum, into the row's token and into the one at its argmax.
 
     Raises:
         InputError: shapes do not fit.

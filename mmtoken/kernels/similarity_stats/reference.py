@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-TILE = 256
-"""Tokens that are compared with as many others at once."""
+TILE = 320
+"""Rows of similarities that are in memory at once, and among themselves columns too."""
 
 
 class SimilarityStats(NamedTuple):
@@ -17,13 +18,13 @@ class SimilarityStats(NamedTuple):
 
     Attributes:
         max: float32[B, N], the largest one; -inf where there is nothing to compare with.
-        index: int64[B, N], the column of the largest one, the lowest of equal ones; -1 where there is none.
-        count: int64[B, N], how many are above the threshold.
+        argmax: int64[B, N], the column of the largest one, the lowest of equal ones; -1 where there is none.
+        above: int64[B, N], how many are above the threshold.
     """
 
     max: Tensor
-    index: Tensor
-    count: Tensor
+    argmax: Tensor
+    above: Tensor
 
 
 def similarity_stats(
@@ -53,39 +54,60 @@ def similarity_stats(
     return SimilarityStats(best, index, count)
 
 
-def scan(unit: Tensor, other: Tensor | None, *, columns: Tensor | None, threshold: float = 1.0) -> SimilarityStats:
-    """The statistics of all rows of unit vectors float32[B, N, D] against others, or (None) among themselves.
+def scan(
+    unit: Tensor, other: Tensor | None = None, *, columns: Tensor | None = None, threshold: float = 1.0
+) -> SimilarityStats:
+    """The statistics of all rows of unit vectors float32[B, N, D] against others, or (None) among themselves."""
+    if other is None:
+        return _scan_halves(unit, columns, threshold)
+    parts = [_stats(unit[:, mine] @ other.transpose(1, 2), columns, threshold) for mine in _blocks(unit.shape[1])]
+    best, index, count = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return SimilarityStats(best, index.masked_fill_(best == -torch.inf, -1), count)
 
-    Among themselves each product is made once and counts for both of its tokens: half the work, and (i, j) and (j, i)
-    cannot be rounded apart.
+
+def _scan_halves(unit: Tensor, columns: Tensor | None, threshold: float) -> SimilarityStats:
+    """The same among themselves. Each product is made once and counts for both of its tokens.
+
+    That is half the work, and (i, j) and (j, i) cannot be rounded apart.
     """
-    against = unit if other is None else other
     best = torch.full_like(unit[..., 0], -torch.inf)
     index = torch.full_like(best, -1, dtype=torch.long)
     count = torch.zeros_like(index)
 
     def add(tile: Tensor, mine: slice, others: slice) -> None:
         """Take in the similarities [B, n, m] of the tokens `mine` to the tokens `others`, which come in order."""
-        if columns is not None:
-            tile = tile.masked_fill(~columns[:, None, others], -torch.inf)
-        value, place = tile.max(-1)
+        value, place, near = _stats(tile, None if columns is None else columns[:, others], threshold)
         better = value > best[:, mine]
         best[:, mine] = torch.where(better, value, best[:, mine])
         index[:, mine] = torch.where(better, place + others.start, index[:, mine])
-        if threshold < 1:  # above 1 is rounding only
-            count[:, mine] += (tile > threshold).sum(-1)
+        count[:, mine] += near
 
-    blocks = _blocks(against.shape[1])
-    for number, mine in enumerate(_blocks(unit.shape[1])):
-        for others in blocks[number:] if other is None else blocks:
-            tile = unit[:, mine] @ against[:, others].transpose(1, 2)
-            if other is None and mine == others:
+    blocks = _blocks(unit.shape[1])
+    for number, mine in enumerate(blocks):
+        for others in blocks[number:]:
+            tile = unit[:, mine] @ unit[:, others].transpose(1, 2)
+            if mine == others:
                 tile.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-            add(tile, mine, others)
-            if other is None and mine != others:
+                add(tile, mine, mine)
+            else:
+                add(tile, mine, others)
                 add(tile.transpose(1, 2), others, mine)
     return SimilarityStats(best, index, count)
 
 
+def _stats(tile: Tensor, columns: Tensor | None, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(max, place of it, count), each [B, n], of similarities [B, n, m]."""
+    if not tile.shape[2]:
+        nothing = torch.zeros_like(tile[..., :1].sum(-1), dtype=torch.long)
+        return torch.full_like(nothing, -torch.inf, dtype=tile.dtype), nothing, nothing
+    if columns is not None:
+        tile = tile.masked_fill(~columns[:, None], -torch.inf)
+    value, place = tile.max(-1)
+    # Above 1 is rounding only.
+    return value, place, (tile > threshold).sum(-1) if threshold < 1 else torch.zeros_like(place)
+
+
 def _blocks(length: int) -> list[slice]:
-    return [slice(start, start + TILE) for start in range(0, length, TILE)]
+    """At least one block, of at most TILE tokens, alike in size."""
+    size = max(1, math.ceil(length / max(1, math.ceil(length / TILE))))
+    return [slice(start, start + size) for start in range(0, max(1, length), size)]

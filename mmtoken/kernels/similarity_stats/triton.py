@@ -14,7 +14,8 @@ PROGRAMS = 264
 """Programs wanted: two for each multiprocessor of an H100. Few rows are split by columns until there are that many."""
 
 
-@triton.jit
+# Variants of the kernel by numbers that make it no faster would only be compiled again.
+@triton.jit(do_not_specialize=["n", "m", "row_blocks", "tiles", "splits", "tiles_per_split", "apart", "threshold"])
 def similarity_stats_kernel(
     x,
     y,
@@ -37,10 +38,9 @@ def similarity_stats_kernel(
     y_batch,
     y_row,
     y_col,
+    apart,
     threshold,
-    AMONG_THEMSELVES: tl.constexpr,
     MASKED: tl.constexpr,
-    COUNTED: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -75,14 +75,12 @@ def similarity_stats_kernel(
         # The two scales first: (i, j) and (j, i) are rounded alike.
         others = tl.load(y_scale + batch * m + column, mask=column < m, other=0.0)
         similarity = product * (scale[:, None] * others[None, :])
-        seen = (column < m)[None, :]
+        # No token is compared with itself, unless rows and columns are of different tensors.
+        seen = (column < m)[None, :] & (apart | (row[:, None] != column[None, :]))
         if MASKED:
             seen = seen & (tl.load(columns + batch * m + column, mask=column < m, other=0) != 0)[None, :]
-        if AMONG_THEMSELVES:
-            seen = seen & (row[:, None] != column[None, :])
         similarity = tl.where(seen, similarity, float("-inf"))
-        if COUNTED:
-            count += tl.sum((similarity > threshold).to(tl.int32), axis=1)
+        count += tl.sum((similarity > threshold).to(tl.int32), axis=1)
         value, place = tl.max(similarity, axis=1, return_indices=True)
         index = tl.where(value > best, tile * BLOCK_M + place, index)
         best = tl.maximum(best, value)
@@ -97,20 +95,21 @@ def blocks(dtype: torch.dtype) -> dict[str, int]:
     if triton.knobs.runtime.interpret:  # which takes as long for a small block as for a large one
         return {"BLOCK_N": 256, "BLOCK_M": 128, "BLOCK_D": 32}
     if dtype == torch.float32:
-        return {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
 
 
 def inverse_norm(features: Tensor) -> Tensor:
     """float32[B, N]: what scales each row to length 1."""
-    return 1 / torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32).clamp(min=EPS)
+    scale: Tensor = 1 / torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32).clamp(min=EPS)
+    return scale
 
 
 @torch.library.custom_op("mmtoken::similarity_stats", mutates_args=())
 def similarity_stats(
     features: Tensor, other: Tensor | None, rows: Tensor | None, columns: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(max, index, count); see `mmtoken.kernels.similarity_stats.similarity_stats`."""
+    """(max, argmax, above); see `mmtoken.kernels.similarity_stats.similarity_stats`."""
     x, y = (_readable(part) for part in (features, features if other is None else other))
     batch, n, d = x.shape
     m = y.shape[1]
@@ -142,10 +141,9 @@ def similarity_stats(
             per_split,
             *x.stride(),
             *y.stride(),
-            threshold,
-            AMONG_THEMSELVES=other is None,
+            other is not None,
+            threshold if threshold < 1 else float("inf"),  # above 1 is rounding only
             MASKED=columns is not None,
-            COUNTED=threshold < 1,
             UPCAST=triton.knobs.runtime.interpret,  # the interpreter's products of bfloat16 are wrong
             **meta,
         )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmtoken.datasets.demonstrations import Demonstration
-from mmtoken.datasets.tabletop import BASE_SHAPES, BASE_SIZE, COLORS, ITEM_SHAPES, ITEM_SIZE, SIZE, Point
+from mmtoken.datasets.tabletop import BASE_SHAPES, BASE_SIZE, COLORS, ITEM_SHAPES, ITEM_SIZE, SIZE, Point, goal
 from mmtoken.models.tiny_openvla.processor import (
     BINS,
     MEAN,
@@ -49,22 +49,27 @@ def common_ids() -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ActionBatch:
-    """B pictures with three instructions each.
+    """B pictures with Q instructions each.
 
     Attributes:
         pixels: float[B, 3, 64, 64], normalised.
         packed: the instructions and their actions; the prefix is BOS, the picture and `common_ids`.
         actions: float[labels], the expert's numbers in the order of the labelled positions.
         classes: int64[5, B, 64], see `PATCH_CLASSES`.
-        offsets: float[B, 64, 6], the centre of the item, the base and the gripper on a patch, seen from the patch's, in
-            patches; only where the class says that there is one.
+        places: float[B, 64, 6], where in the picture the item, the base and the gripper on a patch have their centres,
+            -1 to 1 from edge to edge; only where the class says that there is one.
+        readers: int64[B, Q, 3], text positions of the item's colour, of the base's and of the last prompt token.
+        points: float[B, Q, 4, 2], what `Pointers` read there: centres of the item, the base, the goal and the gripper
+            in the picture, in patches.
     """
 
     pixels: Tensor
     packed: Packed
     actions: Tensor
     classes: Tensor
-    offsets: Tensor
+    places: Tensor
+    readers: Tensor
+    points: Tensor
 
     def to(self, device: torch.device) -> ActionBatch:
         parts = vars(self)
@@ -80,14 +85,43 @@ def encode(instruction: str, action: NDArray[np.float32]) -> Encoded:
 def pack(demonstrations: Sequence[Demonstration]) -> ActionBatch:
     """Pictures, packed instructions and patch labels of demonstrations."""
     rows = [[encode(t, a) for t, a in zip(d.instructions, d.actions, strict=True)] for d in demonstrations]
-    classes, offsets = patch_labels(demonstrations)
+    classes, places = patch_labels(demonstrations)
+    readers, points = pointing(demonstrations, rows)
     return ActionBatch(
         pixels(np.stack([d.image for d in demonstrations])),
         packing.pack(rows, 1 + VISUAL_TOKENS + len(common_ids()), PAD_ID),
         torch.from_numpy(np.concatenate([d.actions.reshape(-1) for d in demonstrations])),
         classes,
-        offsets,
+        places,
+        readers,
+        points,
     )
+
+
+def pointing(demonstrations: Sequence[Demonstration], rows: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
+    """`readers` and `points` of an `ActionBatch`."""
+    items, bases = ({_ids(shape)[0] for shape in shapes} for shapes in (ITEM_SHAPES, BASE_SHAPES))
+    readers, points = [], []
+    for d, row in zip(demonstrations, rows, strict=True):
+        start = 0
+        for order, one in zip(d.orders, row, strict=True):
+            item, base = (next(i for i, token in enumerate(one.ids) if token in wanted) for wanted in (items, bases))
+            readers.append((start + item - 1, start + base - 1, start + one.prompt - 1))
+            start += len(one.ids) - 1
+            scene = d.scene
+            points.append([scene.items[order.item].at, scene.bases[order.base].at, goal(scene, order), scene.gripper])
+    shape = (len(rows), len(rows[0]))
+    shifts = torch.tensor([d.camera for d in demonstrations])[:, None, None]
+    where = (torch.tensor(points).view(*shape, 4, 2) + shifts) / PATCH_SIZE
+    return torch.tensor(readers).view(*shape, 3), where
+
+
+def around(points: Tensor, width: float = 0.5) -> Tensor:
+    """Weights of the patches, float[..., 64], a Gaussian around each of the points float[..., 2]; all in patches."""
+    side = SIZE // PATCH_SIZE
+    steps = torch.arange(side, device=points.device) + 0.5
+    centres = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).view(-1, 2)
+    return torch.softmax((points[..., None, :] - centres).square().sum(-1) / (-2 * width**2), -1)
 
 
 def pixels(images: NDArray[np.uint8]) -> Tensor:
@@ -108,17 +142,17 @@ def soft_targets(actions: Tensor, width: float) -> Tensor:
     return torch.softmax(-0.5 * (distance / width) ** 2, dim=1)
 
 
-_CENTRES: NDArray[np.float64] = (np.arange(_SIDE) + 0.5) * PATCH_SIZE
+_CENTRES: NDArray[np.float64] = (np.arange(_SIDE, dtype=np.float64) + 0.5) * PATCH_SIZE
 
 
 def patch_labels(demonstrations: Sequence[Demonstration], least: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Classes int64[5, B, 64] and offsets float[B, 64, 6] of `ActionBatch`.
+    """Classes int64[5, B, 64] and places float[B, 64, 6] of `ActionBatch`.
 
     A patch shows what covers most of it, if that is at least the fraction `least`.
     """
     batch = len(demonstrations)
     classes = np.zeros((len(PATCH_CLASSES), batch, _SIDE, _SIDE), dtype=np.int64)
-    offsets = np.zeros((batch, _SIDE, _SIDE, 6), dtype=np.float32)
+    places = np.zeros((batch, _SIDE, _SIDE, 6), dtype=np.float32)
     for b, demonstration in enumerate(demonstrations):
         scene = demonstration.scene
         order = sorted(range(len(scene.items)), key=lambda i: i == scene.held)
@@ -141,11 +175,10 @@ def patch_labels(demonstrations: Sequence[Demonstration], least: float = 0.2) ->
                 wins = share >= best
                 best = np.where(wins, share, best)
                 classes[rows, b, wins] = np.array(labels)[:, None]
-                away = np.stack(np.meshgrid(x - _CENTRES, y - _CENTRES), axis=-1) / PATCH_SIZE
-                offsets[b, wins, columns] = away[wins]
+                places[b, wins, columns] = np.array((x, y)) / (SIZE / 2) - 1
     return (
         torch.from_numpy(classes.reshape(len(PATCH_CLASSES), batch, VISUAL_TOKENS)),
-        torch.from_numpy(offsets.reshape(batch, VISUAL_TOKENS, 6)),
+        torch.from_numpy(places.reshape(batch, VISUAL_TOKENS, 6)),
     )
 
 
@@ -155,5 +188,4 @@ def _share(at: Point, size: int) -> NDArray[np.float64]:
         np.clip(np.minimum(c + size / 2, _CENTRES + 4) - np.maximum(c - size / 2, _CENTRES - 4), 0, None) / PATCH_SIZE
         for c in at
     )
-    share: NDArray[np.float64] = np.outer(rows, columns)
-    return share
+    return np.asarray(np.outer(rows, columns), dtype=np.float64)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mmtoken.datasets.tabletop import BASE_SHAPES, COLORS, ITEM_SHAPES, TEMPLATES
+from mmtoken.datasets.tabletop import BASE_SHAPES, COLORS, ITEM_SHAPES, SIZE, TEMPLATES
+from mmtoken.models.openvla import PrismaticImageProcessor, PrismaticProcessor
 
 PATCH_SIZE = 8
 VISUAL_TOKENS = 64
@@ -54,6 +55,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS_ID)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<PAD>",
@@ -64,4 +66,23 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor() -> PrismaticProcessor:
+    """Tokenizer and image processor (64 x 64, mean .35, std .25) in one."""
+    images = PrismaticImageProcessor(
+        use_fused_vision_backbone=False,
+        image_resize_strategy="resize-naive",
+        input_sizes=[(3, SIZE, SIZE)],
+        interpolations=["bicubic"],
+        means=[(MEAN,) * 3],
+        stds=[(STD,) * 3],
+    )
+    return PrismaticProcessor(
+        image_processor=images,
+        tokenizer=build_tokenizer(),
+        num_image_tokens=VISUAL_TOKENS,
+        image_token_id=IMAGE_ID,
+        space_token_id=SPACE_ID,
     )
