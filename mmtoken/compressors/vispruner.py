@@ -12,7 +12,6 @@ from torch.nn.functional import normalize
 
 from mmtoken.compressors.base import Compressor, Context, Cost, Need, Positions, check_whole
 from mmtoken.errors import MMTokenError
-from mmtoken.kernels.similarity_stats import similarity_stats
 from mmtoken.tokens import VisualTokens, refuse_nan
 
 
@@ -99,12 +98,17 @@ def remove_similar(features: Tensor, order: Tensor, count: int, step: int = 8) -
     """
     if not count:
         return order[:0]
-    features = features.detach()
+    unit = normalize(features.detach().float(), dim=-1)
     while len(order) > count:
         first, second = order[::2], order[1::2]
         removed = min(step, len(order) - count, len(first))
         first = first.sort().values
-        similarity = similarity_stats(features[first][None], features[second][None]).max[0]
+        similarity = _nearest(unit[first], unit[second])
         first = first[similarity.argsort(descending=True, stable=True)]
         order = torch.cat([first[removed:], second])
     return order
+
+
+def _nearest(rows: Tensor, columns: Tensor, chunk: int = 256) -> Tensor:
+    """float[R]: the largest product of each row [R, D] with any of the columns [C, D]; chunks bound the memory."""
+    return torch.cat([(part @ columns.T).amax(-1) for part in rows.split(chunk)])
