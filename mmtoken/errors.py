@@ -23,7 +23,15 @@ class InputError(MMTokenError):
 
 
 class ActionError(MMTokenError):
-    """A policy answered with something that is no action."""
+    """A policy answered with something that is no action.
+
+    Attributes:
+        rows: which rows of the batch did, as far as that is known; the others could go on without them.
+    """
+
+    def __init__(self, message: str, rows: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class UnknownNameError(MMTokenError):

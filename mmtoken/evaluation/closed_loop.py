@@ -33,6 +33,7 @@ from mmtoken.control.episode import Episode
 from mmtoken.control.policy import Policy
 from mmtoken.datasets.pick_place import PickPlace
 from mmtoken.engine.report import Report
+from mmtoken.errors import ActionError
 from mmtoken.evaluation.closed_loop_figures import OVERLAP, TIME, complete, joined, write
 from mmtoken.evaluation.timing import Stopwatch, Summary, environment, interleave, one_thread
 from mmtoken.hub import load
@@ -167,16 +168,29 @@ def run(
     """Episodes of these seeds, `batch` at a time in lockstep; those that have ended leave the batch.
 
     Returns:
-        "success" (0 or 1) and "length" (steps) per seed, and the tokens (`Tokens.to_dict`; none for the dense policy).
+        "success" (0 or 1) and "length" (steps) per seed, in how many episodes the policy answered with no action, which
+        is a failure ("without_action"), and the tokens (`Tokens.to_dict`; none for the dense policy).
     """
     success, length, tokens = dict.fromkeys(seeds, 0), dict.fromkeys(seeds, 0), Tokens()
+    silent = 0
     for first in range(0, len(seeds), batch):
         alive = list(seeds[first : first + batch])
         worlds = {seed: PickPlace() for seed in alive}
         seen = {seed: world.reset(seed=seed)[0] for seed, world in worlds.items()}
         with Episode(policy, compressor) as episode:
             while alive:
-                actions = episode.act([seen[s]["image"] for s in alive], [seen[s]["instruction"] for s in alive])
+                try:
+                    actions = episode.act([seen[s]["image"] for s in alive], [seen[s]["instruction"] for s in alive])
+                except ActionError as error:
+                    if not error.rows:
+                        raise
+                    # No action is a failure of these episodes; the others take the step without them.
+                    going = [row for row in range(len(alive)) if row not in error.rows]
+                    silent += len(error.rows)
+                    if going and episode.steps:
+                        episode.only(going)
+                    alive = [alive[row] for row in going]
+                    continue
                 if compressor is not None:
                     tokens.add(episode.report)
                 each(episode, alive, actions)
@@ -190,7 +204,11 @@ def run(
                 if going and len(going) < len(alive):
                     episode.only(going)
                 alive = [alive[row] for row in going]
-    found: dict[str, Any] = {"success": [success[s] for s in seeds], "length": [length[s] for s in seeds]}
+    found: dict[str, Any] = {
+        "success": [success[s] for s in seeds],
+        "length": [length[s] for s in seeds],
+        "without_action": silent,
+    }
     if tokens.steps:
         found["tokens"] = tokens.to_dict()
     return found

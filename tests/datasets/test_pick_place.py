@@ -257,6 +257,22 @@ def test_demonstrations_carry_the_experts_labels_and_cover_what_can_go_wrong() -
     assert np.ptp(spread, axis=0).min() > 40
 
 
+def test_close_states_are_mostly_about_to_close_or_open() -> None:
+    batches = DemonstrationBatches(seed=4, size=200, close_from=7)
+    deciding = []
+    for step in (6, 7):
+        of_all = 0
+        for d in batches[step]:
+            assert len(d.orders) == 6
+            for order, action in zip(d.orders, d.actions, strict=True):
+                np.testing.assert_array_equal(action, expert(d.scene, order))
+                closes = d.scene.held is None and action[2] > 0
+                opens = d.scene.held == order.item and action[2] < 0
+                of_all += closes or opens
+        deciding.append(of_all / 1200)
+    assert deciding[0] < 0.08 and deciding[1] > 0.2
+
+
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
     stream = iter(DemonstrationBatches(seed=1, size=2, start=3))
     for step in (3, 4):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtoken.errors import ActionError, InputError
@@ -24,6 +24,7 @@ def plain_token(action: float) -> int:
     return 32000 - sum(edge <= action for edge in EDGES)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=20))
 def test_tokens_count_edges(actions: list[float]) -> None:
     clear = [action for action in actions if min(abs(action - edge) for edge in EDGES) > 1e-12]
@@ -40,12 +41,14 @@ def test_ends_and_centres() -> None:
     torch.testing.assert_close(got, torch.tensor(want), atol=1e-6, rtol=0)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(inside, min_size=1, max_size=20))
 def test_an_action_comes_back_within_half_a_bin(actions: list[float]) -> None:
     given_ = torch.tensor(actions)
     assert (CODEC.decode(CODEC.encode(given_)) - given_).abs().max() <= 1 / 255 + 1e-6
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(inside, inside, inside), min_size=1, max_size=5))
 def test_the_scale_of_a_data_set(actions: list[tuple[float, float, float]]) -> None:
     action = NORM_STATS["toy_arm"]["action"]

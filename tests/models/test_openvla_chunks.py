@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -210,6 +210,7 @@ def test_queries_are_no_words(policy: Policy) -> None:
         close(means[row], policy.model.get_input_embeddings()(want).mean(0))
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 4))
 def test_without_last_is_a_plain_loop(flags: list[bool], count: int) -> None:
     left, gone = [False] * len(flags), count

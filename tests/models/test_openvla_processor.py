@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -30,6 +30,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> PrismaticProcessor:
     return PrismaticProcessor.from_pretrained(folder)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_inserting_is_a_plain_loop(data: st.DataObject) -> None:
     rows, length, count = (data.draw(st.integers(1, 5)) for _ in range(3))

@@ -19,9 +19,11 @@ def frame_delta(keys: Tensor, anchor: Tensor, similarity: str) -> Tensor:
 
 def _compared(new: Tensor, old: Tensor, similarity: str) -> Tensor:
     if similarity in ("cosine", "dot"):
-        product = (new * old).sum(-1)
+        product: Tensor = (new * old).sum(-1)
         if similarity == "dot":
             return product
-        return product / new.norm(dim=-1).clamp(min=EPS) / old.norm(dim=-1).clamp(min=EPS)
-    difference = new - old
-    return -(difference.abs().sum(-1) if similarity == "l1" else difference.norm(dim=-1))
+        cosine: Tensor = product / new.norm(dim=-1).clamp(min=EPS) / old.norm(dim=-1).clamp(min=EPS)
+        return cosine
+    difference: Tensor = new - old
+    distance: Tensor = difference.abs().sum(-1) if similarity == "l1" else difference.norm(dim=-1)
+    return -distance

@@ -74,10 +74,12 @@ class ActionCodec:
         outside = (tokens < self.tokens.start) | (tokens >= self.tokens.stop)
         if bool(outside.any()):
             where = outside.nonzero()[0].tolist()
+            rows = tuple(outside.flatten(1).any(1).nonzero()[:, 0].tolist()) if outside.ndim > 1 else ()
             raise ActionError(
                 f"token {int(tokens[tuple(where)])} at {where} is no action: the bins are the tokens "
                 f"{self.tokens.start} to {self.tokens.stop - 1}. The model "
-                "did not answer with an action; check the prompt and the checkpoint."
+                "did not answer with an action; check the prompt and the checkpoint.",
+                rows,
             )
 
     def unnormalise(self, normalised: Tensor, unnorm_key: str | None = None) -> Tensor:

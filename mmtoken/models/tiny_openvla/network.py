@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig
@@ -103,12 +104,12 @@ class NetworkConfig:
 def build_network(config: NetworkConfig | None = None) -> OpenVLAForActionPrediction:
     """A freshly initialised network; seed torch before to repeat it."""
     network = OpenVLAForActionPrediction((config or NetworkConfig()).whole())
-    tower = network.vision_backbone.featurizer
+    tower: Any = network.vision_backbone.featurizer
     # timm's random positions are so faint that a short training hardly finds them.
     places = build_sincos2d_pos_embed(list(tower.patch_embed.grid_size), tower.embed_dim)
     tower.pos_embed.data[:, 1:] = places
     # Words as faint as the other weights drown, from the first layer on, in the mean of what they attend to.
-    network.get_input_embeddings().weight.data.normal_(std=WORD_SCALE)
+    nn.init.normal_(network.language_model.model.embed_tokens.weight, std=WORD_SCALE)
     return network
 
 

@@ -133,7 +133,7 @@ class TinyOpenVLA(Objective):
     def patch_loss(self, patches: Tensor, batch: ActionBatch) -> Tensor:
         """Of reading from each patch what is on it and where its centre is."""
         *logits, places = self.patch_heads(patches)
-        loss = places.new_zeros(())
+        loss = torch.zeros((), device=places.device)
         for found, target in zip(logits, batch.classes, strict=True):
             weight = torch.ones(found.shape[-1], device=found.device)
             weight[0] = self.background_weight
