@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
         written += [_write_json(results, folder / "speed.json")]
         written += [_write_text(tables.speed_report(results), folder / "speed.md")]
         shown += [table(results).text() for table in (tables.speed_table, tables.hooks_table, tables.targets_table)]
+        shown += [f"WARNING: {line}" for line in tables.scoring_warnings(results)]
     if options.what == "multi-turn":
         model.to(device)
         results = multi_turn.multi_turn(

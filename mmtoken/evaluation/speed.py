@@ -279,6 +279,7 @@ def _row(
     # What the encoder needs on top of the plain model (reading attention, say) is part of the price of scoring.
     whole = [p + max(0.0, v - d) for p, v, d in zip(mine["prefill"], mine["vision"], dense["vision"], strict=True)]
     speedup = Summary.of(paired(dense["prefill"], whole))
+    saved = [d - (w - s) for d, w, s in zip(dense["prefill"], whole, mine["scoring"], strict=True)]
     first = [v + p for v, p in zip(mine["vision"], mine["prefill"], strict=True)]
     first_dense = [v + p for v, p in zip(dense["vision"], dense["prefill"], strict=True)]
     token_ratio, flop_ratio = (visual + text) / (kept + text), flops_dense / flops
@@ -307,6 +308,7 @@ def _row(
             "first_token": Summary.of(paired(first_dense, first)).to_dict(),
             "decode": Summary.of(paired(dense["decode"], mine["decode"])).to_dict() if steps else None,
         },
+        "scoring": None if report is None else _scoring(mine["scoring"], whole, saved),
         "token_ratio": round(token_ratio, 4),
         "share_of_token_ratio": round(speedup.median / token_ratio, 4),
         "flop_ratio": round(flop_ratio, 4),
@@ -317,6 +319,16 @@ def _row(
         "kv_bytes": run.kv_bytes,
         "flops": flops,
         "flops_dense": flops_dense,
+    }
+
+
+def _scoring(scoring: Sequence[float], whole: Sequence[float], saved: Sequence[float]) -> dict[str, Any]:
+    """What scoring costs beside what it saves: the dense prefill less the compressed one without scoring."""
+    cost, gain = Summary.of(scoring).median, Summary.of(saved).median
+    return {
+        "saved_ms": Summary.of(saved).to_dict(1e3),
+        "share_of_prefill": round(cost / Summary.of(whole).median, 4),
+        "costs_more_than_it_saves": cost > gain,
     }
 
 

@@ -40,8 +40,8 @@ class Table:
 def speed_table(results: Results) -> Table:
     """What every entrant cost on the random model."""
     header = (
-        "random weights", "tokens", "layer avg", "vision ms", "scoring ms", "prefill ms", "(q1-q3)", "decode ms/token",
-        "speed-up", "(q1-q3)", "of tokens", "of FLOPs", "peak MiB", "KV MiB", "GFLOPs",
+        "random weights", "tokens", "layer avg", "vision ms", "scoring ms", "of prefill", "prefill ms", "(q1-q3)",
+        "decode ms/token", "speed-up", "(q1-q3)", "of tokens", "of FLOPs", "peak MiB", "KV MiB", "GFLOPs",
     )  # fmt: skip
     rows = []
     for row in results["results"]:
@@ -54,6 +54,7 @@ def speed_table(results: Results) -> Table:
                 f"{row['layer_average']:.0f}",
                 f"{ms['vision']['median']:.1f}",
                 f"{ms['scoring']['median']:.1f}",
+                f"{100 * row['scoring']['share_of_prefill']:.1f} %" if row.get("scoring") else "",
                 f"{ms['prefill']['median']:.1f}",
                 _spread(ms["prefill"], 1),
                 f"{decode['median']:.2f}" if decode else "",
@@ -67,6 +68,19 @@ def speed_table(results: Results) -> Table:
             )
         )
     return Table(header, rows)
+
+
+def scoring_warnings(results: Results) -> list[str]:
+    """A line for every entrant whose scoring costs more than it saves."""
+    found = []
+    for row in results["results"]:
+        scoring = row.get("scoring")  # files of before it was measured have none
+        if scoring and scoring["costs_more_than_it_saves"]:
+            cost, saved = row["milliseconds"]["scoring"]["median"], scoring["saved_ms"]["median"]
+            found.append(
+                f"{row['name']}: scoring costs more than it saves here, {cost:.1f} ms for {saved:.1f} ms of prefill."
+            )
+    return found
 
 
 def targets_table(results: Results) -> Table:
@@ -162,8 +176,9 @@ def speed_report(results: Results) -> str:
             speed_table(results).markdown(),
             "",
             'The "of" columns are the share reached of the token ratio (N + T) / (K + T) and of the FLOP ratio (dense '
-            "over compressed, attention included).",
+            "over compressed, attention included); that of prefill is scoring's.",
             "",
+            *(f"WARNING: {line}\n" for line in scoring_warnings(results)),
             "## Targets",
             "",
             targets_table(results).markdown(),

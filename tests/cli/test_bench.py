@@ -75,6 +75,15 @@ def test_accuracy_alone_measures_no_random_model(
     assert names(tmp_path) == ACCURACY
 
 
+def test_scoring_that_costs_more_than_it_saves_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.setattr(bench.tables, "scoring_warnings", lambda results: ["FastV keep=16: scoring costs more"])
+    assert main([*TINY, "--what", "speed", "--out", str(tmp_path)]) == 0
+    assert "\nWARNING: FastV keep=16: scoring costs more\n" in capsys.readouterr().out
+    assert "WARNING: FastV keep=16" in (tmp_path / "speed.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

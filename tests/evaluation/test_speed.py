@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from typing import Any
 
 import pytest
 import torch
 
+from mmtoken.compressors import UniformGrid
 from mmtoken.errors import MMTokenError
 from mmtoken.evaluation import speed
-from mmtoken.evaluation.lineup import DENSE, line_up
+from mmtoken.evaluation.lineup import DENSE, Entrant, line_up
 from mmtoken.evaluation.speed import SMALL, SpeedShape, build, measure, run_once, targets
+from mmtoken.evaluation.tables import scoring_warnings, speed_report
 from mmtoken.evaluation.timing import Stopwatch
+from mmtoken.tokens import VisualTokens
 from tests.evaluation.results import ENTRANTS, NAMES, speed_results
 
 CPU = torch.device("cpu")
@@ -152,6 +156,34 @@ def test_impossible_shapes_are_refused(change: dict[str, int]) -> None:
     (field, value), *_ = change.items()
     with pytest.raises(MMTokenError, match=f"{field}={value}"):
         build(dataclasses.replace(SMALL, **change), CPU)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slow(UniformGrid):
+    """Scores for longer than anything it could save."""
+
+    def llm_input(self, tokens: VisualTokens, ctx: Any) -> VisualTokens:
+        until = time.process_time() + 0.5
+        while time.process_time() < until:
+            torch.randn(64, 64)
+        return super().llm_input(tokens, ctx)
+
+
+def test_scoring_that_costs_more_than_it_saves_is_named() -> None:
+    entrants = [Entrant(), Entrant(Slow(keep=2), keep=2), Entrant(UniformGrid(keep=2), keep=2)]
+    shape = dataclasses.replace(SMALL, hidden=256, heads=4, intermediate=1024, image=168)
+    results = measure(entrants, shape=shape, rounds=1, decode_steps=0, thorough=False)
+    dense, slow, fast = results["results"]
+    assert dense["scoring"] is None
+    assert slow["scoring"]["costs_more_than_it_saves"] and slow["scoring"]["share_of_prefill"] > 0.5
+    assert slow["milliseconds"]["scoring"]["median"] >= 500
+    assert not fast["scoring"]["costs_more_than_it_saves"] and fast["scoring"]["share_of_prefill"] < 0.5
+    # What is saved does not count the scoring itself.
+    saved = dense["milliseconds"]["prefill"]["median"] - fast["milliseconds"]["prefill"]["median"]
+    assert fast["scoring"]["saved_ms"]["median"] >= 0.9 * saved
+    (line,) = scoring_warnings(results)
+    assert line.startswith("Slow keep=2: scoring costs more than it saves here, 5")
+    assert f"WARNING: {line}" in speed_report(results)
 
 
 def test_too_few_rounds_are_refused() -> None:

@@ -1,17 +1,18 @@
 """Every operation: Triton against the torch reference, which every operation's own test holds against plain loops.
 
-Two-reference rule: |triton(dtype) - torch(float32)| <= 2 |torch(dtype) - torch(float32)| + atol, where the float32
-reference reads the same rounded inputs. Integer and bool outputs agree with it exactly.
+The two-reference rule and what is compared are those of `mmtoken.kernels.agreement`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mmtoken.kernels.agreement import disagreement, values_and_gradients
 from mmtoken.kernels.cases import Case, Inputs, Operation, changed, made, operations
 from mmtoken.kernels.dispatch import Impl, ran, ran_since, using
 
@@ -19,8 +20,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATIONS = [pytest.param(op, id=name) for name, op in operations().items()]
 CASES = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in operations().values() for case in op.cases]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ATOL_OF_GRADIENTS = 10.0
-"""Times `atol`: gradients sum over more terms."""
 
 
 def outputs(operation: Operation, inputs: Inputs, impl: Impl) -> tuple[Tensor, ...]:
@@ -31,56 +30,13 @@ def outputs(operation: Operation, inputs: Inputs, impl: Impl) -> tuple[Tensor, .
     return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
-def run(operation: Operation, case: Case, inputs: Inputs, impl: Impl) -> list[Tensor]:
-    """Outputs, then gradients of the inputs that the case names, for the same upstream gradients."""
-    inputs = changed(
-        inputs, lambda x: x.detach().clone(memory_format=torch.preserve_format).requires_grad_(), case.differentiable
-    )
-    found = outputs(operation, inputs, impl)
-    result = [x.detach() for x in found]
-    if case.differentiable:
-        floating = [x for x in found if x.is_floating_point()]
-        generator = torch.Generator().manual_seed(1)
-        upstream = [torch.randn(x.shape, generator=generator).to(x) for x in floating]
-        torch.autograd.backward(floating, upstream)
-        for name in case.differentiable:
-            assert inputs[name].grad is not None, name
-            assert inputs[name].grad.dtype == inputs[name].dtype
-            result.append(inputs[name].grad)
-    return result
-
-
-def to_float32(inputs: Inputs) -> Inputs:
-    return changed(inputs, lambda x: x.float() if x.is_floating_point() else x)
-
-
-def check(operation: Operation, triton: list[Tensor], same: list[Tensor], exact: list[Tensor], outputs: int) -> None:
-    assert len(triton) == len(same) == len(exact)
-    for number, (ours, low, high) in enumerate(zip(triton, same, exact, strict=True)):
-        assert ours.shape == high.shape and ours.dtype == low.dtype, number
-        if not ours.is_floating_point():
-            assert torch.equal(ours, high), number
-            continue
-        assert not ours.isnan().any(), number
-        finite = high.isfinite()
-        assert torch.equal(ours[~finite].float(), high[~finite].float()), number
-        error, allowed = ((x.float() - high.float()).abs()[finite] for x in (ours, low))
-        atol = operation.atol * (1.0 if number < outputs else ATOL_OF_GRADIENTS)
-        # The rule holds for the largest error of a tensor; element by element the reference is exact by chance.
-        limit = 2 * allowed.max() + atol if allowed.numel() else atol
-        assert not error.numel() or error.max() <= limit, (number, float(error.max()), float(limit))
-
-
 def compare(operation: Operation, case: Case, inputs: Inputs) -> None:
     inputs = changed(inputs, lambda x: x.to(DEVICE))
-    number = len(outputs(operation, inputs, "torch"))
-    check(
-        operation,
-        run(operation, case, inputs, "triton"),
-        run(operation, case, inputs, "torch"),
-        run(operation, case, to_float32(inputs), "torch"),
-        number,
-    )
+
+    def call(**inputs: Any) -> tuple[Tensor, ...]:
+        return outputs(operation, inputs, "triton")
+
+    assert disagreement(operation, case, inputs, call) is None
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -113,7 +69,7 @@ def test_an_empty_batch_gives_empty_outputs(operation: Operation, case: Case, im
     full = outputs(operation, changed(made(case, 33, torch.float32, batch=1), lambda x: x.to(DEVICE)), impl)
     for empty, one in zip(outputs(operation, inputs, impl), full, strict=True):
         assert empty.dtype == one.dtype and empty.shape == (0, *one.shape[1:])
-    run(operation, case, inputs, impl)
+    values_and_gradients(partial(operation.function, impl=impl), inputs, case.differentiable)
 
 
 @pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
