@@ -14,7 +14,7 @@ pytest.importorskip("gymnasium")
 from mmtoken import Episode, Policy
 from mmtoken.compressors import FastV, VLAPruner
 from mmtoken.datasets.pick_place import PickPlace
-from mmtoken.errors import InputError
+from mmtoken.errors import ActionError, InputError
 from mmtoken.evaluation import closed_loop, closed_loop_figures
 from mmtoken.evaluation.closed_loop import Results, cells, overlap, run, shared, tasks, times
 from mmtoken.evaluation.closed_loop_figures import complete, joined
@@ -90,6 +90,24 @@ def test_episodes_that_have_ended_leave_and_the_others_go_on(arm: Policy, monkey
     assert found["length"] == [4, 1, 2, 5] and found["success"] == [1, 0, 1, 0]
 
 
+def test_an_answer_that_is_no_action_fails_its_episode_and_no_other(
+    arm: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closed_loop, "PickPlace", Scripted)
+    predict, calls = Policy.predict, []
+
+    def faulty(self: Policy, images: Any, instructions: Any) -> Any:
+        calls.append(len(images))
+        if len(calls) in (1, 3):  # the first row answers with a word, before the first step and later
+            raise ActionError("token 5 at [0, 0] is no action", (0,))
+        return predict(self, images, instructions)
+
+    monkeypatch.setattr(Policy, "predict", faulty)
+    found = run(arm, PRUNER, [4, 1, 2, 6], 4)
+    assert calls == [4, 3, 2, 1, 1, 1, 1, 1]
+    assert found["success"] == [0, 0, 0, 1] and found["without_action"] == 2
+
+
 def test_shares_of_best_tokens() -> None:
     one, other = np.float32([0.9, 0.1, 0.8, 0.3]), np.float32([0.5, 0.5, 0.5, 0.9])
     assert shared(one, other, 0.5) == 0.5  # {0, 2} and {3, 0}: of equal ones the lower index
@@ -99,7 +117,8 @@ def test_shares_of_best_tokens() -> None:
 
 def test_overlaps_are_those_of_dense_episodes(arm: Policy) -> None:
     found = overlap(arm, [7, 8], 2, ACTION)
-    assert {k: found[k] for k in ("success", "length")} == run(arm, None, [7, 8], 2)
+    plain = run(arm, None, [7, 8], 2)
+    assert {k: found[k] for k in ("success", "length")} == {k: plain[k] for k in ("success", "length")}
     watcher = VLAPruner(keep=1.0, layer=1, action_tokens=ACTION, window=1)
     pairs: dict[str, list[tuple[Any, Any]]] = {"prefill and action": [], "consecutive actions": []}
     for seed in (7, 8):
