@@ -95,6 +95,7 @@ def test_compiles_as_one_graph(operation: Operation, impl: Impl) -> None:
     def call(**kwargs: Any) -> Any:
         return operation.function(**kwargs, impl=impl)
 
+    torch.compiler.reset()  # graphs of other tests count towards the limit of recompilations
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs), wanted, atol=1e-5, rtol=1e-4)
 
