@@ -32,9 +32,7 @@ def test_folders_hold_nothing_but_their_card_preset_and_results(name: str) -> No
     files = {file.name for file in (CARDS / name).iterdir()}
     always = {"README.md", "preset.yaml"}
     assert (
-        always
-        <= files
-        <= {*always, "results.json", "video.md", "video.png", "control.json", "control.png", "replay.html", *CONTROL}
+        always <= files <= {*always, "results.json", "video.md", "video.png", "control.json", "control.png", *CONTROL}
     )
 
 

@@ -147,14 +147,15 @@ class Absent(DriverBase):  # type: ignore[misc]
         )
 
         def launch(x: int, y: int, z: int, stream: int, *rest: Any) -> None:
-            self.launched.add(source.fn.__name__)
+            now = triton.runtime.driver.active  # compiled variants outlive the driver that they were compiled under
+            now.launched.add(source.fn.__name__)
             if any(size < 1 or size > most for size, most in zip((x, y, z), MAX_GRID, strict=True)):
                 raise InputError(
                     f"{source.fn.__name__}: a grid of {(x, y, z)} programs; at most {MAX_GRID}, at least 1."
                 )
             # Whoever reads what the kernel would have written reads zeros.
             for value in rest:
-                if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self.kept:
+                if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in now.kept:
                     value.zero_()
 
         return launch
@@ -192,7 +193,7 @@ def compile_operation(
         operation: one of mmtoken/kernels.
         capability: 90 for sm_90.
         tokens: N of the inputs.
-        backward: N where the backward pass is run too.
+        backward: N where the backward pass is run too, at the first real size of a case.
 
     Raises:
         InputError: kernels are interpreted, a grid is too large, or a kernel of its module was never launched.
@@ -204,7 +205,8 @@ def compile_operation(
     for case, size in sized(operation):
         for dtype in DTYPES:
             driver.case = (operation.name, f"{case.name}, {size or 'small'}, {str(dtype).removeprefix('torch.')}")
-            for n, differentiable in ((tokens, ()), (backward, case.differentiable)):
+            first = size is None or size == next(iter(case.real))
+            for n, differentiable in ((tokens, ()), *([(backward, case.differentiable)] if first else [])):
                 inputs = changed(made(case, n, dtype, size=size), lambda x: x.requires_grad_(), differentiable)
                 driver.kept = {x.untyped_storage().data_ptr() for x in inputs.values() if isinstance(x, Tensor)}
                 _launch(operation, inputs)
@@ -240,10 +242,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = operations()
     parser = argparse.ArgumentParser("python -m mmtoken.kernels.ahead", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--operation", choices=sorted(known), help="default: all of them")
+    parser.add_argument("--capability", type=int, choices=CAPABILITIES, help="80 for sm_80; default: all of these")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="gets the JSON")
     options = parser.parse_args(argv)
+    targets = [options.capability] if options.capability else CAPABILITIES
     chosen = [known[options.operation]] if options.operation else list(known.values())
-    rows = [row for op in chosen for capability in CAPABILITIES for row in compile_operation(op, capability)]
+    rows = [row for op in chosen for capability in targets for row in compile_operation(op, capability)]
     content = {
         "schema_version": SCHEMA_VERSION,
         "kind": "kernels-compiled",

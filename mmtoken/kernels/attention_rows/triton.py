@@ -27,6 +27,8 @@ ROWS, KEYS = (256, 256) if INTERPRETED else (64, 64)
 """Most rows, and keys, of a tile."""
 MOST_WIDTH = 128
 """Channels that a tile holds at once; wider heads take several."""
+ROWS_FLOAT32, MOST_WIDTH_FLOAT32 = 32, 32
+"""The same for float32, whose products are no tensor core's: each is an instruction, and registers spill of more."""
 MOST_SPLITS = 64
 PROGRAMS = 4 if INTERPRETED else 512
 """Enough programs to fill a device."""
@@ -50,7 +52,7 @@ def _scores(
     from_query = query + b * strides[0] + head * strides[1] + place * strides[2]
     from_key = key + b * strides[3] + group * strides[4] + keys * strides[5]
     scores = tl.zeros([ROWS, KEYS], tl.float32)
-    for chunk in tl.static_range(CHUNKS):
+    for chunk in range(CHUNKS):
         channel = chunk * WIDTH + tl.arange(0, WIDTH)
         in_width = channel < width
         q = tl.load(from_query[:, None] + channel[None, :], mask=in_rows[:, None] & in_width[None, :], other=0.0)
@@ -203,8 +205,9 @@ def operator(
         else:
             kind, lowest = 2, torch.finfo(mask.dtype).min / 2
     strides = (*query.stride()[:3], *key.stride()[:3], *((0, 0) if index is None else index.stride()), *mask_strides)
-    rows, keys = _power(count * shared, 16, ROWS), KEYS
-    chunk = _power(width, 16, MOST_WIDTH)
+    exact = not INTERPRETED and (query.dtype == torch.float32 or query.dtype != key.dtype)
+    rows, keys = _power(count * shared, 16, ROWS_FLOAT32 if exact else ROWS), KEYS
+    chunk = _power(width, 16, MOST_WIDTH_FLOAT32 if exact else MOST_WIDTH)
     tiles = batch * groups * triton.cdiv(count * shared, rows)
     splits = _power(min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(length, keys)), 1, MOST_SPLITS)
     numbers = (groups, count, length, width, shared, scale, offset or 0, lowest)
@@ -225,8 +228,11 @@ def operator(
     if mean == "heads":
         scores = query.new_empty(batch, heads, count, length, dtype=torch.float32)
     sources = (query, key, index, mask, strides)
+    options = {"num_warps": 8 if exact or rows > 32 else 4, "num_stages": 2}
     with torch.cuda.device_of(query):
-        _statistics[(tiles, splits)](*sources, scores, maxima, sums, *numbers, **kinds, STORE=mean != "queries")
+        _statistics[(tiles, splits)](
+            *sources, scores, maxima, sums, *numbers, **kinds, STORE=mean != "queries", **options
+        )
         if mean != "queries":
             along = _power(length, 16, 1024)
             averaged = heads if mean == "heads" else 1
@@ -236,7 +242,7 @@ def operator(
         counts = reference.counts(query, index, valid).expand(batch, count).contiguous()
         columns = query.new_empty(batch, groups, length, dtype=torch.float32)
         grid = (batch * groups, triton.cdiv(length, keys))
-        _columns[grid](*sources, maxima, sums, counts, columns, *numbers, **kinds)
+        _columns[grid](*sources, maxima, sums, counts, columns, *numbers, **kinds, **options)
     return columns.sum(1)
 
 

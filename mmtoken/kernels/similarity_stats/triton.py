@@ -96,7 +96,7 @@ def blocks(dtype: torch.dtype) -> dict[str, int]:
         return {"BLOCK_N": 256, "BLOCK_M": 128, "BLOCK_D": 32}
     if dtype == torch.float32:
         return {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
 
 
 def inverse_norm(features: Tensor) -> Tensor:
