@@ -55,7 +55,7 @@ def draw_demonstration(rng: np.random.Generator, *, close: bool = False) -> Demo
     Args:
         rng: chance.
         close: draw mostly grippers that are about to close on an item or to open above a base, with instructions that
-            want it; elsewhere these are one state in thirty.
+            want it: 20 % of all labels, otherwise 2.5 %.
     """
     scene, item = _draw_state(rng, close)
     items = [item] * 4 + [i for i in range(len(scene.items)) if i != item] if close else range(len(scene.items))

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("gymnasium")
 
 import mmtoken
-from tests.control.policies import model, processor
+from mmtoken.datasets.pick_place import LIMIT
 
 TEXT = (Path(__file__).parents[2] / "docs" / "control.md").read_text()
 
 
-def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    network = model(norm_stats={"table": {"action": {"q01": [-1.0] * 3, "q99": [1.0] * 3}}})
-    loaded: list[str] = []
+CARD = Path(__file__).parents[2] / "models" / "tiny_openvla" / "README.md"
 
-    def load(name: str) -> object:
-        loaded.append(name)
-        return network, processor(network)
 
-    # A random policy instead of the trained one: this is about the interface.
-    monkeypatch.setattr(mmtoken, "load", load)
-    example = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)
+def run(text: str) -> dict[str, Any]:
+    """What the first example of a page leaves behind, run with the weights that ship."""
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert example is not None
-    exec(compile(example[1], "control.md", "exec"), {})
-    steps, before, after = re.fullmatch(r"(\d+) steps, \[(\d+)\] -> \[(\d+)\]\n", capsys.readouterr().out).groups()
-    assert loaded == ["tiny-openvla"] and int(steps) > 3 and (before, after) == ("16", "4")
+    names: dict[str, Any] = {}
+    exec(compile(example[1], "example", "exec"), names)
+    return names
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(TEXT)
+    assert capsys.readouterr().out == f"{names['episode'].steps} steps, [64] -> [16]\n"
+    assert 3 < names["episode"].steps <= LIMIT
+
+
+def test_the_example_of_the_models_card_succeeds() -> None:
+    names = run(CARD.read_text())
+    assert names["success"] and names["episode"].report.tokens_out == [32]
 
 
 def test_every_name_of_an_episode_that_is_shown_exists() -> None:

@@ -1,4 +1,4 @@
-"""How tiny-openvla is trained: cross-entropy of the expert's action tokens, and two losses instead of pre-training."""
+"""How tiny-openvla is trained: cross-entropy of the expert's action tokens, and losses in place of pre-training."""
 
 from __future__ import annotations
 
