@@ -99,6 +99,8 @@ def test_a_step_that_fails_is_no_part_of_an_episode_and_the_thread_keeps_its_own
             act(model, inputs)
             assert session.report.tokens_out == session.report.tokens_in
         assert len(state.calls) == 1
+        act(model, inputs)  # the thread's own third step; the other episode has seen one, and would not prune yet
+        assert sum(session.report.tokens_out) < sum(session.report.tokens_in)
         before = state.calls
         with pytest.raises(RuntimeError, match="arm"), session.resuming(state):
             act(model, inputs)
