@@ -70,8 +70,9 @@ def test_the_scale_of_a_data_set(actions: list[tuple[float, float, float]]) -> N
 
 @pytest.mark.parametrize("token", [31743, 32000, 2, -1])
 def test_other_tokens_are_no_actions(token: int) -> None:
-    with pytest.raises(ActionError, match=rf"token {token} at \[0, 1\] is no action"):
-        CODEC.decode(torch.tensor([[31900, token]]))
+    with pytest.raises(ActionError, match=rf"token {token} at \[1, 1\] is no action") as error:
+        CODEC.decode(torch.tensor([[31900, 31901], [31900, token], [token, token]]))
+    assert error.value.rows == (1, 2)
 
 
 def test_what_cannot_be_encoded_or_scaled() -> None:
