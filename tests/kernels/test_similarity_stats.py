@@ -168,3 +168,9 @@ def test_inputs_that_do_not_fit_are_named() -> None:
     ):
         with pytest.raises(InputError, match=message):
             similarity_stats(**{"features": x, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_similarity_equal_to_the_threshold_is_not_above_it(impl: Any) -> None:
+    right_angles = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]])
+    assert similarity_stats(right_angles, threshold=0.0, impl=impl).above.tolist() == [[1, 0, 1]]
