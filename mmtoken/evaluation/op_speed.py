@@ -266,7 +266,7 @@ def _row(
         "bytes": cost.bytes,
         "flops": cost.flops,
         "latency": cost.bytes < LATENCY_BYTES,
-        "milliseconds": {name: Summary.of(values).to_dict(1e3) for name, values in seconds.items()},
+        "milliseconds": {name: Summary.of(values).to_dict(1e3, digits=6) for name, values in seconds.items()},
         "speedup_over_eager": {
             name: Summary.of(paired(seconds[EAGER], values)).to_dict()
             for name, values in seconds.items()
