@@ -76,6 +76,97 @@ def test_every_part_has_its_place() -> None:
     assert parts - {"__init__"} == set(ALLOWED) | {"cli"}
 
 
+def private_modules(code: str) -> list[str]:
+    """What a file imports of the modules that transformers rewrites from release to release."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found += [
+            name
+            for name in names
+            if name.startswith("transformers.models.")
+            and any(part.startswith(("modeling_", "modular_")) for part in name.split("."))
+        ]
+    return found
+
+
+def class_patches(code: str) -> list[str]:
+    """Assignments to attributes of classes: of imported ones, and of whatever class an object has."""
+    tree = ast.parse(code)
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("mmtoken")
+        for alias in node.names
+        if alias.name[:1].isupper()
+    }
+
+    def is_class(owner: ast.expr) -> bool:
+        if isinstance(owner, ast.Name):
+            return owner.id in imported
+        if isinstance(owner, ast.Attribute):  # module.Class, object.__class__
+            return owner.attr[:1].isupper() or owner.attr == "__class__"
+        return isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "type"
+
+    found = []
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            targets = [part for target in node.targets for part in ast.walk(target) if isinstance(part, ast.expr)]
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
+            found += [ast.unparse(node)] if is_class(node.args[0]) else []
+        found += [
+            ast.unparse(node)
+            for target in targets
+            if isinstance(target, ast.Attribute)
+            and isinstance(target.ctx, ast.Store)
+            and (is_class(target.value) or target.attr == "__class__")
+        ]
+    return found
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "mmtoken").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT / "mmtoken"))
+)
+def test_no_private_module_is_imported_and_no_class_patched(file: Path) -> None:
+    code = file.read_text()
+    assert private_modules(code) == []
+    assert class_patches(code) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import transformers.models.llama.modeling_llama",
+        "from transformers.models.llama.modeling_llama import LlamaDecoderLayer",
+        "from transformers.models.llama import modeling_llama",
+    ],
+)
+def test_private_modules_are_found(line: str) -> None:
+    assert private_modules(line) and private_modules(f"def late():\n    {line}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from transformers import CLIPModel\nCLIPModel.forward = None",
+        "from transformers import CLIPModel as Tower\nsetattr(Tower, 'forward', None)",
+        "import transformers\ntransformers.CLIPModel.forward = None",
+        "type(model).forward = None",
+        "a, type(model).forward = 1, 2",
+        "model.__class__ = dict",
+        "model.__class__.forward = None",
+    ],
+)
+def test_class_patches_are_found(line: str) -> None:
+    assert class_patches(line)
+
+
 def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mmtoken.compressors import DivPrune, FastV, Random, VLAPruner
 from mmtoken.compressors.base import Compressor
@@ -121,10 +120,10 @@ def build(shape: ArmShape, device: torch.device, dtype: torch.dtype, seed: int =
 def _deepen(model: OpenVLAForActionPrediction, layers: int) -> None:
     """Give the decoder so many layers, all with the weights of its first."""
     decoder: Any = model.language_model.model
-    first = decoder.layers[0]
+    first: Any = decoder.layers[0]
     for number in range(1, layers):
         with torch.device("meta"):
-            layer: Any = LlamaDecoderLayer(decoder.config, layer_idx=number)
+            layer: Any = type(first)(decoder.config, layer_idx=number)
         for name, parameter in first.named_parameters():
             owner, _, last = name.rpartition(".")
             setattr(layer.get_submodule(owner), last, parameter)
