@@ -12,7 +12,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from mmtoken import Policy
 from mmtoken.models.openvla import (
+    OpenVLAChunksConfig,
     OpenVLAConfig,
+    OpenVLAForActionChunks,
     OpenVLAForActionPrediction,
     PrismaticImageProcessor,
     PrismaticProcessor,
@@ -31,14 +33,15 @@ NORM_STATS: dict[str, Any] = {
 }
 
 
-def model(seed: int = 0, **config: Any) -> OpenVLAForActionPrediction:
-    """A random model that always answers with action tokens."""
+def model(seed: int = 0, steps: int = 1, **config: Any) -> OpenVLAForActionPrediction:
+    """A random model that always answers with action tokens; of several `steps`: the policy that predicts chunks."""
     text = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, vocab_size=VOCAB + 64,
         pad_token_id=VOCAB, eos_token_id=None,
     )  # fmt: skip
     sizes = {"mlp_ratio": 2.0}
-    made = OpenVLAConfig(
+    chunks: dict[str, Any] = {} if steps == 1 else {"action_steps": steps, "action_dim": ACTION}
+    made = (OpenVLAConfig if steps == 1 else OpenVLAChunksConfig)(
         **{
             "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
             "timm_model_args": [
@@ -48,11 +51,12 @@ def model(seed: int = 0, **config: Any) -> OpenVLAForActionPrediction:
             "image_sizes": [SIDE] * 2, "text_config": text, "pad_token_id": VOCAB, "space_token_id": SPACE,
             "norm_stats": NORM_STATS,
         }
+        | chunks
         | config
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = OpenVLAForActionPrediction(made).eval()
+        network = (OpenVLAForActionPrediction if steps == 1 else OpenVLAForActionChunks)(made).eval()
         # Wide weights, so that attention prefers some tokens; other answers than actions have logits of 0.
         for parameter in network.language_model.parameters():
             if parameter.ndim == 2:
@@ -79,11 +83,13 @@ def processor(network: OpenVLAForActionPrediction) -> PrismaticProcessor:
         num_image_tokens=network.vision_backbone.patches,
         image_token_id=VOCAB + 1,
         space_token_id=SPACE,
+        action_queries=getattr(network.config, "action_queries", 0),
+        action_token_id=VOCAB + 2,
     )  # fmt: skip
 
 
-def policy(seed: int = 0, unnorm_key: str | None = "toy_arm", **config: Any) -> Policy:
-    network = model(seed, **config)
+def policy(seed: int = 0, unnorm_key: str | None = "toy_arm", steps: int = 1, **config: Any) -> Policy:
+    network = model(seed, steps, **config)
     return Policy(network, processor(network), unnorm_key=unnorm_key)
 
 

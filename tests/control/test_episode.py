@@ -67,6 +67,26 @@ def test_two_interleaved_episodes_give_what_each_gives_alone(other: Compressor |
             assert same(ear.take(), want[number][step][1])
 
 
+def test_a_chunk_policy_gives_all_its_steps_and_its_episodes_do_not_mix() -> None:
+    arm, images = policy(steps=4), [camera(1, 4), camera(2, 4)]
+    want = [alone(arm, PRUNER, images[0]), alone(arm, PRUNER, images[1])]
+    dense = [alone(arm, None, clip) for clip in images]
+    episodes, ear = [Episode(arm, PRUNER), Episode(arm, PRUNER)], Ear(arm)
+    for step in range(4):
+        for number, episode in enumerate(episodes):
+            action = episode.act(images[number][step], ORDER)
+            assert action.shape == (4, ACTION) and np.array_equal(action, want[number][step][0])
+            heard = ear.take()
+            assert same(heard, want[number][step][1])
+            # Two steps of warm-up, then tokens leave.
+            assert same(heard, dense[number][step][1]) == (step < 2)
+            assert episode.history.shape == (min(step + 1, 2), 1, 16)
+    both = Episode(arm, PRUNER)
+    for step in range(4):
+        actions = both.act([clip[step] for clip in images], [ORDER, ORDER])
+        assert np.array_equal(actions, np.stack([want[0][step][0], want[1][step][0]]))
+
+
 def test_the_warm_up_is_dense_to_the_bit_and_reset_brings_it_back() -> None:
     arm, images = policy(), camera(3, 4)
     dense, pruned = alone(arm, None, images), alone(arm, PRUNER, images)
