@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test golden test-contract check bench clean
+.PHONY: demo test golden test-contract support check bench clean
 
 demo: $(READY)
 	$(BIN)/mmtoken demo --out demo
@@ -18,14 +18,21 @@ test: $(READY)
 golden: $(READY)
 	$(PYTEST) -m golden tests/golden
 
+test-contract: export OMP_NUM_THREADS ?= 1
 test-contract: $(READY)
-	$(PYTEST) tests/contract tests/engine -m "contract_full or not contract_full"
+	$(PYTEST) tests/contract tests/engine -n auto -m "contract_full or not contract_full" --support tests/contract/support.json
+
+# One setting of every compressor: what the tables of supported pairs need.
+support: export OMP_NUM_THREADS ?= 1
+support: $(READY)
+	$(PYTEST) tests/contract -n auto -m support --support tests/contract/support.json
+	$(BIN)/python -m tests.contract.support
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) tests/test_package.py tests/test_readme.py tests/test_cards.py
+	$(PYTEST) tests/test_package.py tests/test_readme.py tests/test_cards.py tests/contract/test_support.py
 
 bench: $(READY)
 	$(BIN)/mmtoken bench --out bench

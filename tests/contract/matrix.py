@@ -239,9 +239,12 @@ LEFT_OUT = _rest()
 
 def marks(name: str, cell: Cell) -> list[pytest.MarkDecorator]:
     """The markers of a pair."""
+    found = [pytest.mark.support] if stands_for_its_class(name) else []
+    if name in ANCHOR_COMPRESSORS:
+        found.append(pytest.mark.anchor)
     if (name, cell) in LEFT_OUT:
-        return [pytest.mark.contract_full]
-    return [pytest.mark.lowest] if name in ANCHOR_COMPRESSORS and cell in ANCHOR_CELLS else []
+        return [*found, pytest.mark.contract_full]
+    return [*found, pytest.mark.lowest] if name in ANCHOR_COMPRESSORS and cell in ANCHOR_CELLS else found
 
 
 def pairs(names: Iterable[str] = COMPRESSORS, cells: Iterable[Cell] = tuple(CELLS)) -> Callable[[Any], Any]:

@@ -21,7 +21,6 @@ from tests.contract.matrix import (
     batch,
     compress,
     logits,
-    marks,
     refused,
     refused_when_called,
     tiny,
@@ -32,7 +31,7 @@ LLAVA = ("llava", "image")
 VISUAL = torch.zeros(1, 12, dtype=torch.bool).index_fill(1, torch.arange(2, 9), True)
 
 REFUSED = [
-    pytest.param(name, cell, id=f"{name}-{'-'.join(cell)}", marks=marks(name, cell))
+    pytest.param(name, cell, id=f"{name}-{'-'.join(cell)}")
     for name in COMPRESSORS
     for cell in CELLS
     if refused(name, cell)

@@ -199,9 +199,24 @@ class Listener(Compressor):
         return tokens
 
 
-def test_queries_are_no_words(policy: Policy) -> None:
+class EarlyListener(Listener):
+    """The same before the projector, where there is no decoder yet."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"prompt"})
+
+    def project(self, tokens: VisualTokens, default: Any, ctx: Context) -> VisualTokens:
+        ids = ctx.prompt_ids(tokens)
+        self.heard.append((ids, [len(row) for row in ids], ctx.prompt_embedding(tokens)))
+        projected: VisualTokens = default(tokens)
+        return projected
+
+    llm_input = Compressor.llm_input
+
+
+@pytest.mark.parametrize("listener", [Listener, EarlyListener])
+def test_queries_are_no_words(policy: Policy, listener: type[Listener]) -> None:
     Listener.heard.clear()
-    with mmtoken.compress(policy.model, Listener()):
+    with mmtoken.compress(policy.model, listener()):
         policy.model.predict_tokens(unnorm_key="toy_arm", **policy.batch)
     ((ids, counts, means),) = Listener.heard
     for row in range(len(TEXTS)):
