@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers.utils.hub
 from huggingface_hub import constants
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
@@ -54,6 +55,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's retries
     monkeypatch.setenv("HF_TOKEN", "")
+    # Some versions of transformers keep a client of the address that they saw first.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
     yield server
     server.close()
     assert not server.unknown, "the client asked for what this hub does not speak"
@@ -211,16 +214,21 @@ def test_the_client_as_users_have_it(trained: Trained, checkpoint: Path, hub: Hu
 
 @pytest.mark.parametrize("name", ["model.safetensors", PARTS_FILE])
 def test_a_download_goes_on_where_it_broke_off(
-    name: str, trained: Trained, checkpoint: Path, hub: HubServer, tmp_path: Path
+    name: str,
+    trained: Trained,
+    checkpoint: Path,
+    hub: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what the client keeps is whole chunks
     model, processor = load(checkpoint, compressor=trained)
     push(save(model, tmp_path / "saved", processor=processor), "org/model")
-    size = len(hub.repositories["org/model"].files[name])
-    hub.cut[name] = [size // 2, 10]
+    hub.cut[name] = [20_500, 2_500, 0]
     again, _ = load("org/model")
     assert same(again, model)
     ranges = [line.rpartition(" ")[2] for line in hub.requests if name in line and line.endswith("-")]
-    assert ranges == [f"bytes={size // 2}-", f"bytes={size // 2 + 10}-"]
+    assert ranges == ["bytes=20000-", "bytes=22000-", "bytes=22000-"]
 
 
 def test_a_download_that_fails_shows_nothing_and_a_later_one_succeeds(
