@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -368,6 +369,9 @@ def push(
         read_parts(record, str(source), {}, "folder")
     if (source / "config.json").is_file():
         _check_weights(str(source), {}, _check_family(str(source), {}))
+        for file in sorted(source.glob("*.safetensors")):
+            with _readable(str(source)), safe_open(file, "pt"):  # sees whether the file is whole, reads no weights
+                pass
     elif record is None:
         raise CheckpointError(f"folder={str(source)!r} holds no config.json and no {COMPRESSOR_FILE}; nothing to push.")
     replace = [COMPRESSOR_FILE, "*.safetensors", "*.safetensors.index.json"]

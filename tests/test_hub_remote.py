@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -353,22 +354,19 @@ def test_the_cache_is_enough_without_the_hub(trained: Trained, checkpoint: Path,
 def test_all_files_are_of_the_commit_that_the_first_one_was_of(
     trained: Trained, checkpoint: Path, hub: HubServer
 ) -> None:
-    first = trained.push_to_hub("org/learned")
     other = learnable(load(checkpoint)[0], QueCC(keep=0.25), seed=6)
-    second: list[str] = []
+    first = trained.push_to_hub("org/learned")
+    second = other.push_to_hub("org/learned")
+    branches = hub.repositories["org/learned"].branches
+    branches["main"] = first
 
     def move(request: str) -> None:
-        """The branch moves on as soon as the settings were asked for."""
-        if request.startswith("HEAD") and PARTS_FILE in request and not second:
-            second.append(hub.add("org/learned", moved))
+        """The branch moves on between the settings and the weights."""
+        if PARTS_FILE in request:
+            branches["main"] = second
 
-    moved = hub.repositories["org/learned"].files
-    other.push_to_hub("org/learned")
-    moved = hub.repositories["org/learned"].files
-    hub.repositories["org/learned"].branches["main"] = first
     hub.watch = move
-    found = Trained.from_pretrained("org/learned")
-    assert second and same(found, trained) and not same(found, other)
+    assert same(Trained.from_pretrained("org/learned"), trained) and branches["main"] == second
     assert same(Trained.from_pretrained("org/learned"), other)
     assert same(Trained.from_pretrained("org/learned", revision=first), trained)
 
@@ -529,9 +527,9 @@ def test_a_hostile_model_is_refused(number: int, checkpoint: Path, hub: HubServe
         with pytest.raises(CheckpointError, match=message):
             load(place)
     assert not [line for line in hub.requests if line.startswith("GET") and line.endswith((".bin", ".pt"))]
-    if "truncated" not in message and number != 15:
-        with pytest.raises(CheckpointError, match=message):
-            push(folder, "org/copy") if not [n for n in files if n.endswith((".bin", ".pt"))] else load(folder)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded|pickle|adapter|no \*|no index"):
+        push(folder, "org/copy")
+    assert "org/copy" not in hub.repositories
 
 
 def test_there_is_a_case_for_every_number(checkpoint: Path) -> None:
@@ -609,3 +607,16 @@ def test_the_card_says_what_was_measured(trained: Trained, tmp_path: Path) -> No
     assert not (tmp_path / "new").exists()
     learned = (trained.save_pretrained(tmp_path / "learned") / CARD_FILE).read_text()
     assert trained.dims is not None and f"tower width {trained.dims.tower}," in learned
+
+
+def test_the_examples_of_the_documentation_run(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "hub.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 3
+    names: dict[str, Any] = {}
+    for example in examples:
+        exec(compile(example, "docs/hub.md", "exec"), names)
+    session = attached(names["model"])
+    assert session is not None and session.trained is not None and same(session.trained, names["trained"])
+    assert hub.repositories.keys() == {"org/quecc-tiny-llava", "org/pruned"}
