@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mmtoken.engine.report import Report
     from mmtoken.engine.session import Session, attach, attached, check, compress
     from mmtoken.errors import MMTokenError
-    from mmtoken.hub import list_models, load, save
+    from mmtoken.hub import list_models, load, push, save
     from mmtoken.streaming.stream import Stream, stream
     from mmtoken.tokens import VisualTokens
 
@@ -48,6 +48,7 @@ _HOMES = {
     "learnable": "mmtoken.engine.learned",
     "list_models": "mmtoken.hub",
     "load": "mmtoken.hub",
+    "push": "mmtoken.hub",
     "save": "mmtoken.hub",
     "stream": "mmtoken.streaming.stream",
 }
@@ -68,6 +69,7 @@ __all__ = [
     "learnable",
     "list_models",
     "load",
+    "push",
     "save",
     "stream",
 ]

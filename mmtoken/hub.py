@@ -8,19 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -30,30 +25,33 @@ from transformers import (
     ProcessorMixin,
 )
 
-from mmtoken import __version__
 from mmtoken.backbones.registry import adapt, check_model_type
 from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.pretrained import (
+    COMPRESSOR_FILE,
+    Record,
+    check_folder,
+    read,
+    read_parts,
+    read_record,
+    record_of,
+    write,
+)
 from mmtoken.compressors.registry import resolve
 from mmtoken.compressors.trained import Trained
-from mmtoken.engine.learned import empty
+from mmtoken.engine.learned import dims_of
 from mmtoken.engine.session import attach, attached
 from mmtoken.errors import CheckpointError, MMTokenError, UnsupportedError, near_names
 from mmtoken.models import llava_video as llava_video  # makes transformers' Auto classes know it
 from mmtoken.models import openvla as openvla  # the same
 from mmtoken.models.registry import DEFAULT, ZooModel, find_model, list_models
+from mmtoken.repository import DOWNLOAD, PICKLES, fetch, file_names, is_repository, pinned, reason, upload
 from mmtoken.wholefile import whole_folder
 
-__all__ = ["COMPRESSOR_FILE", "ZooModel", "list_models", "load", "save", "skeleton"]
+__all__ = ["ZooModel", "list_models", "load", "push", "save", "skeleton"]
 
-COMPRESSOR_FILE = "mmtoken_compressor.json"
-"""Beside a model's config: {"schema_version", "mmtoken_version", "class_path", "init_args"}."""
-
-PARTS_FILE = "mmtoken_compressor.safetensors"
-"""Beside that file, if the compressor has learned parts: their weights."""
-
-SCHEMA_VERSION = 1
-
-_DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+ADAPTER_FILE = "adapter_config.json"
+"""Where it lies, transformers takes weights from the files that it names, pickles among them."""
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +59,7 @@ _logger = logging.getLogger(__name__)
 def load(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
-    compressor: Compressor | Trained | str | dict[str, Any] | None = None,
+    compressor: Compressor | Trained | str | os.PathLike[str] | dict[str, Any] | None = None,
     **hf_kwargs: Any,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A vision-language model, ready to generate, and its processor.
@@ -70,7 +68,8 @@ def load(
 
     Args:
         name_or_path: a zoo entry ("tiny-llava", the default), a folder, or a Hugging Face id ("org/name").
-        compressor: an instance, a name, or {"class_path": ..., "init_args": ...}; goes before a saved one.
+        compressor: an instance, a name, {"class_path": ..., "init_args": ...}, or the folder or Hugging Face id of a
+            saved one ("org/name", at its main revision); goes before one that was saved with the model.
         **hf_kwargs: go to `from_pretrained` (dtype, device_map, attn_implementation, revision, token, ...).
 
     Raises:
@@ -79,12 +78,15 @@ def load(
         CheckpointError: files are missing, corrupt, do not fit together, or hold pickles instead of safetensors.
     """
     source, options = _locate(DEFAULT if name_or_path is None else os.fspath(name_or_path), dict(hf_kwargs))
-    _check_family(source, options)
+    settings = _check_family(source, options)
     with _readable(source):
         AutoConfig.from_pretrained(source, **_fetching(options))  # refuses code and settings out of range early
-    chosen = None if compressor is None else resolve(compressor)
-    saved = _saved_compressor(source, options) if compressor is None else None
-    _refuse_pickles(source)
+    chosen = None if compressor is None else _given(compressor, hf_kwargs)
+    saved = _saved(source, options) if compressor is None else None
+    if saved is not None:
+        trainable = saved.compressor.trainable
+        chosen = read_parts(saved, source, options, "model") if trainable else saved.compressor
+    _check_weights(source, options, settings)
     with _readable(source):
         # With output_loading_info a pair comes back, which its annotation does not say.
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -107,8 +109,10 @@ def load(
         )
     processor = _processor(source, options)
     model.eval()
-    if saved is not None:
-        chosen = _with_parts(model, saved, source, options) if saved.trainable else saved
+    if isinstance(chosen, Trained) and chosen is not compressor:
+        tower = adapt(model).tower()
+        if tower is not None:
+            chosen.to(next(tower.module.parameters()).device)
     if chosen is not None:
         attach(model, chosen)
     return model, processor
@@ -127,7 +131,8 @@ def skeleton(
         config = AutoConfig.from_pretrained(source, **_fetching(options))
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=options["trust_remote_code"])
-    return model.eval(), _saved_compressor(source, options)
+    saved = _saved(source, options)
+    return model.eval(), None if saved is None else saved.compressor
 
 
 def load_processor(name_or_path: str | os.PathLike[str] | None = None, **hf_kwargs: Any) -> ProcessorMixin:
@@ -151,28 +156,13 @@ def _locate(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             f"model={name!r} does not exist; give a folder, a Hugging Face id or a zoo entry"
             f"{near_names(name, [entry.name for entry in list_models()])}."
         )
-    if name.count("/") == 1:
-        if not options.get("local_files_only") and not _hub_answers():
-            options["local_files_only"] = True
-        return name, options
+    if is_repository(name):
+        return name, pinned(name, "config.json", options, "model")
     return str(find_model(name).path), {**options, "local_files_only": True}
 
 
-def _hub_answers() -> bool:
-    """Whether the hub's name can be looked up. Without a network, retries would take a minute and fill the screen."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-def _check_family(source: str, options: dict[str, Any]) -> None:
-    """Refuse a model that no adapter serves, by its config alone."""
+def _check_family(source: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a model that no adapter serves, by its config alone, which is returned."""
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise CheckpointError(f"model={source!r} cannot be loaded: it has no config.json; give a complete checkpoint.")
     with _readable(source):
@@ -188,6 +178,7 @@ def _check_family(source: str, options: dict[str, Any]) -> None:
             f"model={source!r} is a {family.name} (model_type={kind!r}), no vision-language model; load it with "
             "transformers and compress it with mmtoken.compress."
         )
+    return dict(settings)
 
 
 def _processor(source: str, options: dict[str, Any]) -> ProcessorMixin:
@@ -208,7 +199,7 @@ def _processor(source: str, options: dict[str, Any]) -> ProcessorMixin:
 
 def _fetching(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments that say where files come from."""
-    return {name: options[name] for name in (*_DOWNLOAD, "trust_remote_code") if name in options}
+    return {name: options[name] for name in (*DOWNLOAD, "trust_remote_code") if name in options}
 
 
 @contextmanager
@@ -219,97 +210,87 @@ def _readable(source: str) -> Iterator[None]:
     except (MMTokenError, MemoryError, torch.OutOfMemoryError):
         raise
     except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise UnsupportedError(f"model={source!r} needs a package that is missing: {reason}") from error
+        raise UnsupportedError(f"model={source!r} needs a package that is missing: {reason(error)}") from error
     except Exception as error:  # transformers, tokenizers, safetensors and the hub's client have no common base
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason if len(reason) <= 240 else f"{reason[:240]} ..."
         raise CheckpointError(
-            f"model={source!r} cannot be loaded ({reason}); give a complete folder or id with config.json, a processor "
-            "and safetensors weights."
+            f"model={source!r} cannot be loaded ({reason(error)}); give a complete folder or id with config.json, a "
+            "processor and safetensors weights."
         ) from error
 
 
-def _refuse_pickles(source: str) -> None:
-    folder = Path(source)
-    if not folder.is_dir() or any(path.name != PARTS_FILE for path in folder.glob("*.safetensors")):
-        return
-    pickles = sorted(
-        path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(pattern)
-    )
+def _check_weights(source: str, options: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse what transformers would read besides safetensors files that lie where the model is.
+
+    `use_safetensors=True` is not enough: an index may list pickles and files elsewhere, a config may name one, and an
+    adapter brings its own.
+    """
+    if fetch(source, ADAPTER_FILE, options, "model") is not None:
+        raise CheckpointError(
+            f"model={source!r} holds {ADAPTER_FILE}, an adapter apart from the weights; merge it into them with peft "
+            "(merge_and_unload) and save the model again."
+        )
+    variant = f".{options['variant']}" if options.get("variant") else ""
+    place = f"{options['subfolder']}/" if options.get("subfolder") else ""
+    named = settings.get("transformers_weights")
+    single, index = f"model{variant}.safetensors", f"model.safetensors.index{variant}.json"
+    if named is not None:
+        _check_name(source, "config.json", named, (".safetensors", ".safetensors.index.json"))
+        single, index = named, named if named.endswith(".json") else index
+    listed = fetch(source, place + index, options, "model")
+    if listed is not None:
+        try:
+            shards = sorted(set(json.loads(listed.read_text())["weight_map"].values()), key=str)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"model={source!r}: {index} is no index of weights ({reason(error)}); fetch or export it again."
+            ) from error
+        for shard in shards:
+            _check_name(source, index, shard, (".safetensors",))
+    elif fetch(source, place + single, options, "model") is None:
+        _refuse_pickles(source, file_names(source, options))
+
+
+def _check_name(source: str, where: str, name: object, endings: tuple[str, ...]) -> None:
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0") or not name.endswith(endings):
+        raise CheckpointError(
+            f"model={source!r}: {where} names {name!r} as a file of weights; only *.safetensors files beside it are "
+            "read, pickles and other folders are not."
+        )
+
+
+def _refuse_pickles(source: str, names: list[str]) -> None:
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         raise CheckpointError(
             f"model={source!r} holds its weights as {pickles[0]}, a pickle that can run any code when it is loaded; "
             "convert it to safetensors."
         )
-    raise CheckpointError(f"model={source!r} has no *.safetensors file; the folder holds no weights.")
+    raise CheckpointError(f"model={source!r} has no *.safetensors file; it holds no weights.")
 
 
-def _saved_compressor(source: str, options: dict[str, Any]) -> Compressor | None:
+def _given(
+    compressor: Compressor | Trained | str | os.PathLike[str] | dict[str, Any], options: dict[str, Any]
+) -> Compressor | Trained:
+    """What was handed in, or lies where it says."""
+    if isinstance(compressor, os.PathLike) or (
+        isinstance(compressor, str) and ("/" in compressor or (Path(compressor) / COMPRESSOR_FILE).is_file())
+    ):
+        # The revision is that of the model.
+        fetching = {name: options[name] for name in DOWNLOAD if name in options and name != "revision"}
+        loaded: Compressor | Trained = read(os.fspath(compressor), fetching)
+        return loaded
+    return resolve(compressor)
+
+
+def _saved(source: str, options: dict[str, Any]) -> Record | None:
     """What `save` wrote beside the model, None if nothing."""
-    file = Path(source) / COMPRESSOR_FILE
-    if not Path(source).is_dir():
-        try:
-            file = _fetch(source, COMPRESSOR_FILE, options)
-        except CheckpointError as error:
-            if not isinstance(error.__cause__, EntryNotFoundError):
-                raise
-            if isinstance(error.__cause__, LocalEntryNotFoundError):
-                _logger.warning(
-                    "offline: whether %s was saved with a compressor is not known; none is attached", source
-                )
-            return None
-    if not file.is_file():
+    try:
+        return read_record(source, options, "model")
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise
+        _logger.warning("offline: whether %s was saved with a compressor is not known; none is attached", source)
         return None
-    try:
-        saved = json.loads(file.read_text())
-        schema = saved["schema_version"]
-        spec = {"class_path": saved["class_path"], "init_args": saved["init_args"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} is no compressor file ({type(error).__name__}: {error}); delete it or save the model again."
-        ) from error
-    if schema != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{file} has schema_version={schema!r}, this mmtoken reads {SCHEMA_VERSION}; upgrade mmtoken."
-        )
-    try:
-        method: Compressor = resolve(spec)
-    except MMTokenError as error:
-        raise type(error)(f"{file}: {error}") from error
-    return method
-
-
-def _fetch(source: str, name: str, options: dict[str, Any]) -> Path:
-    """A file of a repository on the hub."""
-    fetching = {key: value for key, value in _fetching(options).items() if key in _DOWNLOAD}
-    with _readable(source):
-        return Path(hf_hub_download(source, name, **fetching))
-
-
-def _with_parts(model: PreTrainedModel, saved: Compressor, source: str, options: dict[str, Any]) -> Trained:
-    """The learned parts that `save` wrote beside the compressor file."""
-    folder = Path(source)
-    file = folder / PARTS_FILE if folder.is_dir() else _fetch(source, PARTS_FILE, options)
-    if not file.is_file():
-        raise CheckpointError(
-            f"model={source!r} was saved with a {type(saved).__name__}, but {PARTS_FILE} with its learned parts is "
-            f"missing; fetch or save it again, or delete {COMPRESSOR_FILE} to load the model alone."
-        )
-    trained = empty(model, saved)
-    try:
-        # Copies: a file that is mapped into memory must not change while the weights are in use.
-        parts = {name: value.clone() for name, value in load_file(file).items()}
-        trained.module.load_state_dict(parts, assign=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:240]
-        raise CheckpointError(
-            f"{file} cannot be loaded as the learned parts of a {type(saved).__name__} ({reason}); fetch or save it "
-            "again."
-        ) from error
-    tower = adapt(model).tower()
-    assert tower is not None
-    return trained.to(next(tower.module.parameters()).device).eval()
 
 
 def save(
@@ -334,39 +315,64 @@ def save(
         CheckpointError: the folder is not empty, or a file of this name exists.
         UnsupportedError: the attached compressor cannot be found again by its name.
     """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
-        raise CheckpointError(
-            f"folder={str(target)!r} exists and is not empty; give a new folder, or overwrite=True to replace it."
-        )
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise CheckpointError(
-            f"folder={str(target)!r} holds no checkpoint, so overwrite=True does not replace it; give another folder."
-        )
+    target = check_folder(folder, "config.json", "checkpoint", overwrite)
     session = attached(model)
-    record = None if session is None else _record(session.compressor)
+    given = None if session is None else session.trained or session.compressor
+    if given is not None:
+        record_of(given)  # refuses before there is a file
     with whole_folder(target) as whole:
         model.save_pretrained(whole)
         if processor is not None:
             processor.save_pretrained(whole)
-        if record is not None:
-            (whole / COMPRESSOR_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        if session is not None and session.trained is not None:
-            parts = session.trained.module.state_dict()
-            save_file({name: value.detach().cpu().contiguous() for name, value in parts.items()}, whole / PARTS_FILE)
+        if given is not None:
+            write(given, whole, dims_of(adapt(model)) if isinstance(given, Trained) else None)
     return target
 
 
-def _record(compressor: Compressor) -> dict[str, Any]:
-    """The content of the compressor file."""
-    spec = compressor.to_dict()
-    try:
-        found = resolve(spec) == compressor
-    except MMTokenError:
-        found = False
-    if not found:
-        raise UnsupportedError(
-            f"compressor={compressor!r} cannot be found again as {spec['class_path']!r}; define its class at the top "
-            "of a module, or detach it before saving."
+def push(
+    folder: str | os.PathLike[str],
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    message: str = "Upload a model",
+) -> str:
+    """Send a folder that `save` or `save_pretrained` wrote to a repository of the hub, in one commit.
+
+    Weights and compressor files that the repository had and the folder lacks leave it in the same commit; other files
+    stay. Returns the commit, which `load(name, revision=...)` takes.
+
+    Args:
+        folder: what to send.
+        name: "org/name"; made if there is none.
+        revision: an existing branch; None: the main one.
+        token: of the account; None: the one that is logged in.
+        private: for a new repository; None: as its owner has set.
+        message: of the commit.
+
+    Raises:
+        CheckpointError: the folder is incomplete or holds pickles; or the hub cannot be reached or refuses, and the
+            repository's files are as they were.
+        UnknownNameError, MMTokenError: its compressor cannot be read.
+    """
+    source = Path(folder)
+    if not source.is_dir():
+        raise CheckpointError(
+            f"folder={str(source)!r} does not exist; give one that save() or save_pretrained() wrote."
         )
-    return {"schema_version": SCHEMA_VERSION, "mmtoken_version": __version__, **spec}
+    pickles = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.name.endswith(PICKLES))
+    if pickles:
+        raise CheckpointError(f"folder={str(source)!r} holds {pickles[0]}, a pickle; take it out before it is shared.")
+    record = read_record(str(source), {}, "folder")
+    if record is not None and record.compressor.trainable:
+        read_parts(record, str(source), {}, "folder")
+    if (source / "config.json").is_file():
+        _check_weights(str(source), {}, _check_family(str(source), {}))
+        for file in sorted(source.glob("*.safetensors")):
+            with _readable(str(source)), safe_open(file, "pt"):  # sees whether the file is whole, reads no weights
+                pass
+    elif record is None:
+        raise CheckpointError(f"folder={str(source)!r} holds no config.json and no {COMPRESSOR_FILE}; nothing to push.")
+    replace = [COMPRESSOR_FILE, "*.safetensors", "*.safetensors.index.json"]
+    return upload(source, name, revision=revision, token=token, private=private, message=message, replace=replace)

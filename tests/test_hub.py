@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 import mmtoken
 from mmtoken import attached, compress, load, save
 from mmtoken.compressors import DivPrune, FastV
+from mmtoken.compressors.pretrained import COMPRESSOR_FILE
 from mmtoken.errors import CheckpointError, KeepError, MMTokenError, UnknownNameError, UnsupportedError
-from mmtoken.hub import COMPRESSOR_FILE, skeleton
+from mmtoken.hub import skeleton
 from mmtoken.models import registry
 from mmtoken.models.registry import DEFAULT, ZOO, ZooModel, find_model, list_models
 from tests.backbones.processors import conversation, photograph, write_checkpoint
@@ -339,7 +340,7 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(
 
 # What a compressor file may hold
 
-_FASTV = {"class_path": "mmtoken.compressors.FastV", "init_args": {"keep": 4, "layer": 1}}
+_FASTV = {"mmtoken_version": "0.1.0", "class_path": "mmtoken.compressors.FastV", "init_args": {"keep": 4, "layer": 1}}
 
 
 @pytest.mark.parametrize(
@@ -352,8 +353,12 @@ _FASTV = {"class_path": "mmtoken.compressors.FastV", "init_args": {"keep": 4, "l
         b"null",
         b'"fastv"',
         b"{}",
-        b'{"schema_version": 1, "class_path": "mmtoken.compressors.FastV"}',
-        b'{"class_path": "mmtoken.compressors.FastV", "init_args": {}}',
+        b'{"schema_version": 1, "mmtoken_version": "0.1.0", "class_path": "mmtoken.compressors.FastV"}',
+        b'{"mmtoken_version": "0.1.0", "class_path": "mmtoken.compressors.FastV", "init_args": {}}',
+        b'{"schema_version": 1, "class_path": "mmtoken.compressors.FastV", "init_args": {}}',
+        b'{"schema_version": 1, "mmtoken_version": 7, "class_path": "mmtoken.compressors.FastV", "init_args": {}}',
+        b"[" * 100_000,
+        b" " * 2**21 + b"{}",
     ],
 )
 def test_a_malformed_compressor_file_is_named(copy: Path, content: bytes) -> None:
@@ -368,6 +373,11 @@ def test_a_malformed_compressor_file_is_named(copy: Path, content: bytes) -> Non
     [
         ({"schema_version": 2}, CheckpointError, "schema_version=2, this mmtoken reads 1; upgrade mmtoken"),
         ({"schema_version": None}, CheckpointError, "schema_version=None"),
+        ({"mmtoken_version": "1.0"}, CheckpointError, "mmtoken_version='1.0' and this is .*; upgrade mmtoken"),
+        ({"class_path": "mmtoken.compressors.base.check_whole"}, UnknownNameError, "check_whole"),
+        ({"class_path": "mmtoken.compressors.Compressor"}, UnknownNameError, "Compressor"),
+        ({"class_path": "mmtoken.compressors.Trained"}, UnknownNameError, "Trained"),
+        ({"class_path": "torch.nn.Linear"}, UnknownNameError, "torch.nn.Linear"),
         ({"class_path": "mmtoken.compressors.FastVV"}, UnknownNameError, "did you mean 'fastv'"),
         ({"class_path": "os.system", "init_args": {"command": "true"}}, UnknownNameError, "os.system"),
         ({"class_path": "subprocess.Popen", "init_args": {"args": "true"}}, UnknownNameError, "subprocess.Popen"),
@@ -375,6 +385,13 @@ def test_a_malformed_compressor_file_is_named(copy: Path, content: bytes) -> Non
         ({"class_path": 7}, MMTokenError, "class_path"),
         ({"init_args": {"keep": 4, "layr": 1}}, MMTokenError, "did you mean 'layer'"),
         ({"init_args": {"keep": 0}}, KeepError, "keep=0"),
+        ({"init_args": {"keep": 4, "layer": "1"}}, MMTokenError, "layer='1'"),
+        ({"init_args": {"keep": [4]}}, MMTokenError, "keep="),
+        (
+            {"class_path": "mmtoken.compressors.TokenCorr", "init_args": {"factor": 10**400}},
+            CheckpointError,
+            "refuses its settings",
+        ),
         ({"init_args": [1]}, MMTokenError, "init_args"),
     ],
 )
@@ -386,8 +403,8 @@ def test_a_compressor_file_that_asks_for_something_else_is_refused(
         load(copy)
 
 
-def test_a_compressor_file_of_another_version_of_mmtoken_is_read(copy: Path) -> None:
-    (copy / COMPRESSOR_FILE).write_text(json.dumps({"schema_version": 1, "mmtoken_version": "9.9", **_FASTV}))
+def test_a_compressor_file_of_another_minor_version_of_mmtoken_is_read(copy: Path) -> None:
+    (copy / COMPRESSOR_FILE).write_text(json.dumps({"schema_version": 1, **_FASTV, "mmtoken_version": "0.99.1"}))
     session = attached(load(copy)[0])
     assert session is not None and session.compressor == FastV(keep=4, layer=1)
 
@@ -516,7 +533,7 @@ def test_without_a_network_an_id_is_looked_for_in_the_cache_only(
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    monkeypatch.setattr("mmtoken.hub.getproxies", dict)
+    monkeypatch.setattr("mmtoken.repository.getproxies", dict)
     with pytest.raises(CheckpointError, match="model='org/name' cannot be loaded"):
         load("org/name", cache_dir=tmp_path)
     # One is ours, and huggingface_hub may look once for a list of agents; five retries per file would follow.

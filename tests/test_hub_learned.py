@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from mmtoken import attached, check, learnable, load, save
 from mmtoken.compressors import BUS, QueCC, Trained
+from mmtoken.compressors.pretrained import COMPRESSOR_FILE, PARTS_FILE
 from mmtoken.engine.session import attach
 from mmtoken.errors import CheckpointError, UnsupportedError
-from mmtoken.hub import COMPRESSOR_FILE, PARTS_FILE, skeleton
+from mmtoken.hub import skeleton
 from tests.backbones.processors import conversation, photograph, write_checkpoint
 
 
@@ -90,7 +91,7 @@ def test_a_save_that_fails_leaves_nothing(
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("mmtoken.hub.save_file", fail)
+    monkeypatch.setattr("mmtoken.compressors.pretrained.save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         save(model, tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,8 @@ ALLOWED = {
     "tokens": {"errors"},
     "wholefile": {"errors"},
     "kernels": {"errors", "tokens"},
-    "compressors": {"errors", "tokens", "kernels"},
+    "repository": {"errors"},
+    "compressors": {"errors", "tokens", "kernels", "repository", "wholefile"},
     "backbones": {"errors", "tokens"},
     "engine": {"errors", "tokens", "kernels", "compressors", "backbones"},
     "streaming": {"errors", "tokens", "compressors", "backbones", "engine"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "datasets": {"errors", "tokens"},
     "training": {"errors", "tokens", "wholefile", "datasets"},
     "models": {"errors", "tokens", "wholefile", "compressors", "datasets", "engine", "training"},
-    "hub": {"errors", "wholefile", "backbones", "compressors", "engine", "models"},
+    "hub": {"errors", "wholefile", "repository", "backbones", "compressors", "engine", "models"},
     "evaluation": {
         "errors",
         "tokens",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from mmtoken.compressors.pretrained import Pretrained
 from mmtoken.errors import MMTokenError, UnsupportedError
 from mmtoken.tokens import VisualTokens, check_keep
 
@@ -398,7 +399,7 @@ class Context:
         raise self._missing("history")
 
 
-class Compressor(ABC):
+class Compressor(Pretrained, ABC):
     """Base of all visual-token compressors.
 
     A subclass is a frozen dataclass whose first field is `keep`, and overrides the method of each site where it acts.

@@ -129,4 +129,5 @@ class TextPlanner:
         """From the hub or a folder."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        return cls(AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name), **options)
+        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True).eval()
+        return cls(model, AutoTokenizer.from_pretrained(name), **options)

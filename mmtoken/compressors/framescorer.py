@@ -240,7 +240,7 @@ def _token(tokenizer: Any, letter: str) -> int:
 def _loaded_vlm(name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").eval()
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", use_safetensors=True).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device), AutoProcessor.from_pretrained(name)
 
@@ -312,7 +312,7 @@ def _open_clip_pixels(transform: Any, pictures: list[Any]) -> Tensor:
 def _loaded_clip(name: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoProcessor
 
-    model = AutoModel.from_pretrained(name).eval()
+    model = AutoModel.from_pretrained(name, use_safetensors=True).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device), AutoProcessor.from_pretrained(name)
 

@@ -57,7 +57,7 @@ def resolve(spec: Compressor | Trained | str | dict[str, Any], **settings: Any) 
         MMTokenError: a setting is unknown, missing or out of range.
     """
     if isinstance(spec, Trained):
-        return Trained(resolve(spec.compressor, **settings), spec.module) if settings else spec
+        return Trained(resolve(spec.compressor, **settings), spec.module, spec.dims) if settings else spec
     if isinstance(spec, Compressor):
         return _make(type(spec), {**spec.settings(), **settings}) if settings else spec
     if isinstance(spec, str):
@@ -82,7 +82,8 @@ def _find(name: str) -> type[Compressor]:
             raise UnknownNameError(f"compressor={name!r} is unknown{near_names(last, names())}")
         return found
     loaded = sys.modules.get(module)
-    cls = None if loaded is None else getattr(loaded, last, None)
+    # Not getattr: modules that load their parts lazily would import code for a name in a file.
+    cls = None if loaded is None else vars(loaded).get(last)
     if not isinstance(cls, type) or not issubclass(cls, Compressor) or not dataclasses.is_dataclass(cls):
         raise UnknownNameError(
             f"class_path={name!r} is no Compressor of a module that is imported; import it first"

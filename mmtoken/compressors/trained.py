@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.base import Compressor, Dims
+from mmtoken.compressors.pretrained import Pretrained
 from mmtoken.errors import MMTokenError
 
 
-class Trained(nn.Module):
+class Trained(Pretrained, nn.Module):
     """A compressor and its learned parts; accepted wherever a compressor is.
 
     It owns the weights: optimizers, `state_dict` and safetensors see the parts through it, and a model that it is
@@ -19,9 +20,10 @@ class Trained(nn.Module):
     Attributes:
         compressor: the settings.
         module: what `Compressor.build` made.
+        dims: the sizes that it was built for; None where they are not known: such parts are saved only with a model.
     """
 
-    def __init__(self, compressor: Compressor, module: nn.Module) -> None:
+    def __init__(self, compressor: Compressor, module: nn.Module, dims: Dims | None = None) -> None:
         super().__init__()
         if not isinstance(compressor, Compressor) or not compressor.trainable:
             raise MMTokenError(
@@ -31,6 +33,7 @@ class Trained(nn.Module):
             raise MMTokenError(f"module={module!r} is a {type(module).__name__}; give what compressor.build() made.")
         self.compressor = compressor
         self.module = module
+        self.dims = dims
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the learned parts compute."""

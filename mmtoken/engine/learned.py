@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -57,8 +59,9 @@ def learnable(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Drawn on the CPU, so that a seed means the same weights everywhere.
-        module = method.build(dims_of(adapt(model)))
-    return Trained(method, module.to(device=sample.device, dtype=sample.dtype))
+        dims = dims_of(adapt(model))
+        module = method.build(dims)
+    return Trained(method, module.to(device=sample.device, dtype=sample.dtype), dims)
 
 
 def check_parts(backbone: Backbone, given: Compressor | Trained) -> None:
@@ -76,6 +79,14 @@ def check_parts(backbone: Backbone, given: Compressor | Trained) -> None:
             f"{name} has learned parts: attach mmtoken.learnable(model, compressor), which makes fresh ones to train, "
             "or the Trained that load() or a training returned."
         )
+    sizes = dims_of(backbone)
+    for field in dataclasses.fields(sizes) if given.dims is not None else ():
+        found_size, size = getattr(given.dims, field.name), getattr(sizes, field.name)
+        if found_size != size:
+            raise UnsupportedError(
+                f"the learned parts of {name} do not fit: they were built for {field.name}={found_size} and this model "
+                f"has {field.name}={size}; train them for this model."
+            )
     wanted = {key: tuple(value.shape) for key, value in empty(backbone.model, method).module.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in given.module.state_dict().items()}
     for key in wanted.keys() | found.keys():
@@ -88,8 +99,9 @@ def check_parts(backbone: Backbone, given: Compressor | Trained) -> None:
 
 def empty(model: PreTrainedModel, method: Compressor) -> Trained:
     """The same on the meta device, without weights."""
+    dims = dims_of(adapt(model))
     with torch.device("meta"):
-        return Trained(method, method.build(dims_of(adapt(model))))
+        return Trained(method, method.build(dims), dims)
 
 
 def _tower(backbone: Backbone) -> nn.Module:

@@ -6,10 +6,7 @@ split into the folders first.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,9 @@ from typing import Any
 import yaml
 
 from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.card import docstring, pipe_table, results_lines, results_of, settings_rows
 from mmtoken.compressors.registry import facts_of, names, resolve
 from mmtoken.errors import InputError
-from mmtoken.evaluation.accuracy import ALL
-from mmtoken.evaluation.tables import Table
 from mmtoken.wholefile import whole_file
 
 SCHEMA_VERSION = 1
@@ -59,10 +55,7 @@ def card(
         video: content of its `video.md`.
         control: contents of those files of `CONTROL` that it has.
     """
-    idea, settings = docstring(cls)
-    for base in cls.__mro__[1:]:  # settings that a method takes over from another one
-        if base is not Compressor and issubclass(base, Compressor):
-            settings = docstring(base)[1] | settings
+    idea, _ = docstring(cls)
     facts = facts_of(name, cls)
     title = facts.pop("title")
     default = _default(cls)
@@ -97,33 +90,19 @@ def card(
         "",
         "## Settings",
         "",
-        _markdown(("setting", "in the preset", "meaning"), _settings(default, settings)),
+        pipe_table(("setting", "in the preset", "meaning"), settings_rows(default)),
         "",
         "## Facts",
         "",
-        _markdown(("fact", "value"), list(facts.items())),
+        pipe_table(("fact", "value"), list(facts.items())),
     ]
     if results is not None:
-        lines += ["", "## Results", "", *_results(results)]
+        lines += ["", "## Results", "", *results_lines(results["models"])]
     if video is not None:
         lines += ["", "## On videos", "", video.rstrip()]
     if control:
         lines += ["", "## In closed loop", "", "\n\n".join(text.rstrip() for text in control)]
     return "\n".join(lines) + "\n"
-
-
-def docstring(cls: type[Compressor]) -> tuple[str, dict[str, str]]:
-    """(the text of a class docstring, meaning of each setting in its Attributes section)."""
-    text, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
-    settings: dict[str, str] = {}
-    for line in inspect.cleandoc(attributes).splitlines():
-        entry = re.match(r"(\w+(?:, \w+)*): (.*)", line)
-        if entry:
-            last = entry[1]
-            settings[last] = entry[2]
-        elif line.strip():
-            settings[last] += f" {line.strip()}"
-    return text.strip(), {name: meaning for both, meaning in settings.items() for name in both.split(", ")}
 
 
 def split_results(accuracy: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -140,14 +119,9 @@ def split_results(accuracy: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str
     """
     found: dict[str, dict[str, Any]] = {}
     for source, content in accuracy:
-        if content.get("kind") != "accuracy":
-            raise InputError(f"results={source!r} is of kind {content.get('kind')!r}; give accuracy files of bench.")
         for name, cls in names().items():
-            rows = [row for row in content["results"] if row["method"] == cls.__name__]
-            if rows:
-                entry = {"model": content["model"], "source": source}
-                entry |= {key: content[key] for key in ("weights", "environment", "split", "titles")}
-                entry |= {"dense": content["results"][0], "results": rows}
+            entry = results_of(content, source, cls)
+            if entry is not None:
                 made = found.setdefault(name, {"schema_version": SCHEMA_VERSION, "method": name, "models": []})
                 made["models"].append(entry)
     return found
@@ -192,48 +166,6 @@ def contents(name: str, cls: type[Compressor], place: Path) -> dict[str, str]:
 
 def _default(cls: type[Compressor]) -> Compressor:
     return resolve(cls.__name__, keep=CONTROL_KEEP) if cls.control else resolve(cls.__name__)
-
-
-def _settings(default: Compressor, meanings: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    general = docstring(Compressor)[1]
-    values = default.settings()
-    return [
-        (f.name, f"`{values[f.name]}`", meanings.get(f.name) or general.get(f.name, ""))
-        for f in dataclasses.fields(default)  # type: ignore[arg-type]
-    ]
-
-
-def _results(results: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for model in results["models"]:
-        titles = model["titles"]
-        first = next(iter(titles))
-        rows = []
-        for row in (model["dense"], *model["results"]):
-            scores = [row["accuracy"][benchmark][ALL] for benchmark in titles]
-            cells = [
-                f"{row['layer_average'][first]:.1f}",
-                f"{row['flops'][first] / row['flops_dense'][first]:.3f}",
-                f"{row['kv_share'][first]:.3f}" if "kv_share" in row else "",  # results of before it was measured
-            ]
-            cells += [f"{score['accuracy']:.3f} ({score['low']:.2f}-{score['high']:.2f})" for score in scores]
-            rows.append([row["name"], *cells])
-        header = [f"on {model['model']}", "layer-average tokens", "FLOPs of dense", "cache of dense", *titles.values()]
-        asked = ", ".join(f"{count} questions of {titles[name]}" for name, count in model["split"]["questions"].items())
-        lines += [
-            Table(header, rows).markdown(),
-            "",
-            f"Accuracy with 95 % intervals on held-out pictures ({asked}), from `{model['source']}`, measured with "
-            + ", ".join(f"{name} {number}" for name, number in model["environment"]["versions"].items())
-            + ". Tokens and FLOPs (decoder prefill) are those of the first column of scores.",
-            "",
-        ]
-    return lines[:-1]
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _read(file: Path) -> dict[str, Any]:

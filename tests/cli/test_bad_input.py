@@ -214,7 +214,7 @@ def test_an_id_on_a_hub_that_cannot_be_reached(capsys: Output, monkeypatch: pyte
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    monkeypatch.setattr("mmtoken.hub.getproxies", dict)
+    monkeypatch.setattr("mmtoken.repository.getproxies", dict)
     assert "model='nobody/nothing' cannot be loaded" in ask(capsys, "--model", "nobody/nothing")
 
 
