@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -42,6 +42,17 @@ class Tower:
         mergers: modules that turn a packed sequence into projected tokens.
         window: side of an attention window in projected tokens, None without window attention.
         pooling: the `nn.MultiheadAttention` that pools the output over all patches (SigLIP's head), None without one.
+        split: queries, keys and values float[tiles, S, H * d], before rotation, of an attention and of what enters it,
+            where it has no module for each; None: what `queries`, `keys` and `values` put out.
+        rotate: an attention, queries or keys float[tiles, H, P, d] of patches and its rotary tables to rotated ones, for
+            dense towers that hand each block `rope`; None: they do not.
+        mask: the argument of a block that takes an attention mask.
+        mask_per_head: whether it wants one per tile and head, float[tiles * H, S, S].
+        any_mask: whether its attention takes masks whatever computes it; else with transformers' sdpa and eager only.
+        last: the module whose output is the sequence that the tower ends with; None: its own output is.
+        entries: methods of `module` that run it from the pixels up to `last`, apart from forward.
+        closed: methods of `module` that run its blocks and put out what lies between them.
+        pools: whether the output is made of all patches that are left, without a mask.
     """
 
     module: nn.Module
@@ -61,6 +72,15 @@ class Tower:
     mergers: tuple[nn.Module, ...] = ()
     window: int | None = None
     pooling: nn.Module | None = None
+    split: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    rotate: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    mask: str = "attention_mask"
+    mask_per_head: bool = False
+    any_mask: bool = False
+    last: nn.Module | None = None
+    entries: tuple[str, ...] = ()
+    closed: tuple[str, ...] = ()
+    pools: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +138,14 @@ class Backbone(ABC):
     def tower(self) -> Tower | None:
         """The vision tower, None for a bare decoder."""
 
+    def check_tower(self) -> None:
+        """Do nothing if the tower can be compressed in its present state; asked before each call of it.
+
+        Raises:
+            UnsupportedError: it cannot; the message says why.
+        """
+        return None
+
     def projector(self) -> nn.Module | None:
         """The module that maps patches to the decoder's width; only needed where `tokenwise_projector` holds."""
         return None
@@ -153,6 +181,14 @@ class Backbone(ABC):
         """How many tower layers the projector reads side by side."""
         layers = getattr(self.model.config, "vision_feature_layer", None)
         return len(layers) if isinstance(layers, list | tuple) else 1
+
+    def patch_grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of pictures float[tiles, C, H, W]."""
+        tower = self.tower()
+        assert tower is not None
+        module: Any = tower.module
+        patch: int = module.config.patch_size
+        return pixels.shape[-2] // patch, pixels.shape[-1] // patch
 
     def widths(self) -> tuple[int, int]:
         """Channels of the tower's states, and of what the projector reads."""

@@ -68,6 +68,7 @@ class ThreadState(threading.local):
             read it before anything is encoded.
         labels: what the forward in progress is to predict.
         videos: where the videos of the next calls of the tower go on, None where each call begins its own.
+        memory: what the method remembers of earlier calls of the tower, None where each call begins anew.
         aside: whether the decoder runs in the middle of another call, and no hook acts.
     """
 
@@ -87,6 +88,7 @@ class ThreadState(threading.local):
     asked: Prompt | None = None
     labels: Tensor | None = None
     videos: tuple[VideoState, ...] | None = None
+    memory: dict[str, Any] | None = None
     aside: bool = False
 
     def __init__(self) -> None:
@@ -292,6 +294,18 @@ class Session(AbstractContextManager["Session"]):
             yield
         finally:
             self.thread.videos = before
+
+    @contextmanager
+    def remembering(self, memory: dict[str, Any]) -> Iterator[None]:
+        """Let the method find `memory` as `Context.memory` in the tower, and change it: for state across calls.
+
+        Without it every call of a tower begins with an empty one. Holds for this thread only.
+        """
+        before, self.thread.memory = self.thread.memory, memory
+        try:
+            yield
+        finally:
+            self.thread.memory = before
 
     @contextmanager
     def resuming(self, episode: EpisodeState) -> Iterator[None]:
