@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import Grid
@@ -39,13 +38,14 @@ class Tower:
         output: attribute of the attention that projects what it mixed.
         norms: attributes of a block that hold the norms before attention and MLP.
         mlp: attribute of a block that holds its MLP.
+        sequential: whether a block is attention and then MLP, each behind its norm and added to what it was given.
         mergers: modules that turn a packed sequence into projected tokens.
         window: side of an attention window in projected tokens, None without window attention.
         pooling: the `nn.MultiheadAttention` that pools the output over all patches (SigLIP's head), None without one.
         split: queries, keys and values float[tiles, S, H * d], before rotation, of an attention and of what enters it,
             where it has no module for each; None: what `queries`, `keys` and `values` put out.
-        rotate: an attention, queries or keys float[tiles, H, P, d] of patches and its rotary tables to rotated ones, for
-            dense towers that hand each block `rope`; None: they do not.
+        rotate: an attention, queries or keys float[tiles, H, P, d] of patches and its rotary tables to rotated ones,
+            for dense towers that hand each block `rope`; None: they do not.
         mask: the argument of a block that takes an attention mask.
         mask_per_head: whether it wants one per tile and head, float[tiles * H, S, S].
         any_mask: whether its attention takes masks whatever computes it; else with transformers' sdpa and eager only.
@@ -69,6 +69,7 @@ class Tower:
     output: str = "out_proj"
     norms: tuple[str, str] = ("layer_norm1", "layer_norm2")
     mlp: str = "mlp"
+    sequential: bool = True
     mergers: tuple[nn.Module, ...] = ()
     window: int | None = None
     pooling: nn.Module | None = None
@@ -106,6 +107,8 @@ class Backbone(ABC):
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    module_types: ClassVar[tuple[str, ...]] = ()
+    """Classes from outside transformers that the adapter serves, by their full names."""
     modalities: ClassVar[tuple[Modality, ...]] = ("image",)
     dynamic_resolution: ClassVar[bool] = False
     """Whether the number of visual tokens follows the size of the image, so that down-scaling before the processor
@@ -118,8 +121,8 @@ class Backbone(ABC):
     """Whether the projector reads the tower's states alone. Where it reads several towers side by side, no patch may
     leave between their blocks, and the CLS of one of them means nothing to the projector."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
 
     @property
     def root(self) -> Any:
@@ -138,12 +141,8 @@ class Backbone(ABC):
     def tower(self) -> Tower | None:
         """The vision tower, None for a bare decoder."""
 
-    def check_tower(self) -> None:
-        """Do nothing if the tower can be compressed in its present state; asked before each call of it.
-
-        Raises:
-            UnsupportedError: it cannot; the message says why.
-        """
+    def tower_refusal(self) -> str | None:
+        """Why the tower cannot be compressed in its present state, None if it can; asked before each call of it."""
         return None
 
     def projector(self) -> nn.Module | None:

@@ -490,8 +490,8 @@ class Compressor(ABC):
     def vision_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
         """Inside the tower: tokens at block `layer` in, those that are left of them out.
 
-        With `tower_cut` "block" they are what enters a block (1 .. depth - 1), with "mlp" what its attention leaves (0 ..
-        depth - 1). What the context says of "the block that has just run" is block `layer` itself then.
+        With `tower_cut` "block" they are what enters a block (1 .. depth - 1), with "mlp" what its attention leaves
+        (0 .. depth - 1). What the context says of "the block that has just run" is block `layer` itself then.
         """
         raise NotImplementedError
 

@@ -25,7 +25,6 @@ from mmtoken.errors import UnsupportedError
 from mmtoken.kernels.attention_rows import attention_rows
 from mmtoken.tokens import VisualTokens
 
-
 PARTS = ("query", "key", "value")
 
 
@@ -161,7 +160,7 @@ class TowerRun(ABC):
         """A tensor over a sequence (of patches, or of units) that `back` leads back from, on the full grid."""
 
     def fill(self, output: Any) -> Any:
-        """The output of a tower with `Tower.last`, sequences in it on the full grid; they may lack CLS and registers."""
+        """The output of a tower with `Tower.last`: sequences, with or without CLS and registers, on the full grid."""
         raise UnsupportedError("Only towers on dense sequences put out pooled features.")
 
     @abstractmethod
@@ -298,7 +297,11 @@ class DenseRun(TowerRun):
         return changed
 
     def _tables(self, tables: Tensor) -> Tensor:
-        """Rotary tables float[patches, d] or float[heads, patches, d] of the patches of each tile: [tiles, H or 1, K, d]."""
+        """Rotary tables of the patches that are left of each tile, float[tiles, H or 1, K, d].
+
+        Args:
+            tables: float[patches, d], or float[H, patches, d] where heads differ.
+        """
         if tables.ndim == 2:
             return tables[self.kept][:, None]
         return tables[:, self.kept].transpose(0, 1)
@@ -367,7 +370,7 @@ class DenseRun(TowerRun):
     def _heads(self, call: BlockCall, place: int) -> Tensor:
         """float[tiles, H, S, d]: the same per head, queries and keys rotated."""
         tower = self.tower
-        states = self._part(call, place).unflatten(-1, (tower.heads, -1)).transpose(1, 2)
+        states: Tensor = self._part(call, place).unflatten(-1, (tower.heads, -1)).transpose(1, 2)
         if tower.rotate is None or call.tables is None or place == 2:
             return states
         end = states.shape[2] - call.guests

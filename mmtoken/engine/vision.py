@@ -125,6 +125,7 @@ class _Thread(threading.local):
     call: EncoderCall | None = None
     features: Tensor | None = None
     inside: bool = False
+    pools: bool = False
     projecting: bool = False
     projected: VisualTokens | None = None
     length: int = 0
@@ -159,7 +160,7 @@ class Entry(Replaced):
         super().__init__(module, name)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        return self.hooks.enter(self.module, self.original, args, kwargs)
+        return self.hooks.enter(self, args, kwargs)
 
 
 class Closed(Replaced):
@@ -248,7 +249,9 @@ class VisionHooks:
 
     def _tower_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tower, state = self.tower, self._thread
-        self.session.backbone.check_tower()
+        refusal = self.session.backbone.tower_refusal()
+        if refusal is not None and self._cuts:
+            raise UnsupportedError(refusal)
         block = tower.blocks[0]
         if block.training and getattr(block, "gradient_checkpointing", False) and self._cuts:
             check_checkpointing(block, "tower blocks")
@@ -394,8 +397,15 @@ class VisionHooks:
             run.cls = hidden[:, 0]
 
     def _note_last(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self._run is not None:
-            self._thread.last = output
+        run = self._run
+        if run is None:
+            return
+        if self._thread.pools and isinstance(run, DenseRun) and run.real is not None:
+            raise UnsupportedError(
+                "The method left different numbers of tokens per image, and the head of this tower pools over all "
+                "places; call it with one image at a time, or a tower that pools by CLS."
+            )
+        self._thread.last = output
 
     def _pooling_pre(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -410,18 +420,19 @@ class VisionHooks:
         run = self._run
         return output if run is None else run.restore(output, run.back, per_unit=True)
 
-    def enter(self, module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a method of a tower that has `Tower.entries`."""
         state = self._thread
         if state.inside:
-            return run(*args, **kwargs)
-        state.inside, output = True, None
+            return entry.original(*args, **kwargs)
+        output = None
+        state.inside, state.pools = True, self.tower.pools and entry.name == "forward"
         try:
-            self._tower_pre(module, args, kwargs)
-            output = run(*args, **kwargs)
+            self._tower_pre(entry.module, args, kwargs)
+            output = entry.original(*args, **kwargs)
         finally:
             state.inside = False
-            filled = self._tower_post(module, args, output)
+            filled = self._tower_post(entry.module, args, output)
         return output if filled is None else filled
 
     def _tower_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
