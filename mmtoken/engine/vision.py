@@ -140,7 +140,12 @@ class Replaced:
         self.module, self.name = module, name
         self.original = getattr(module, name)
         self.before = module.__dict__.get(name)
-        object.__setattr__(module, name, functools.wraps(self.original)(self.call))
+
+        @functools.wraps(self.original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return self.call(*args, **kwargs)
+
+        object.__setattr__(module, name, replacement)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
