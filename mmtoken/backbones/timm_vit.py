@@ -32,6 +32,11 @@ class TimmViT(BareTower):
         from timm.models.vision_transformer import Block
 
         model = self.model
+        if model.num_prefix_tokens and model.cls_token is None:
+            raise UnsupportedError(
+                "this timm model has registers but no class token, so that methods would read a register as CLS; use a "
+                "model with class_token=True or reg_tokens=0."
+            )
         attention = model.blocks[0].attn
         for block in model.blocks:
             if not isinstance(block.attn, Attention | AttentionRope | EvaAttention):
