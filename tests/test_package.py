@@ -24,6 +24,7 @@ ALLOWED = {
     "backbones": {"errors", "tokens"},
     "engine": {"errors", "tokens", "kernels", "compressors", "backbones"},
     "streaming": {"errors", "tokens", "compressors", "backbones", "engine"},
+    "classify": {"errors", "compressors", "engine"},
     "control": {"errors", "tokens", "wholefile", "compressors", "backbones", "engine", "models", "kernels"},
     "datasets": {"errors", "tokens"},
     "training": {"errors", "tokens", "wholefile", "datasets"},

@@ -74,7 +74,7 @@ class BareTower(Backbone):
 
     def layout(self, modality: Modality, call: Mapping[str, Any], tiles: int) -> Layout:
         pixels: Tensor = call["pixel_values"]
-        rows, columns = (side // self.model.config.patch_size for side in pixels.shape[-2:])
+        rows, columns = self.patch_grid(pixels)
         protected = pixels.new_zeros(tiles * rows * columns).bool()
         return Layout([rows * columns] * tiles, ((1, rows, columns),) * tiles, protected)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import Grid
@@ -39,9 +38,21 @@ class Tower:
         output: attribute of the attention that projects what it mixed.
         norms: attributes of a block that hold the norms before attention and MLP.
         mlp: attribute of a block that holds its MLP.
+        sequential: whether a block is attention and then MLP, each behind its norm and added to what it was given.
         mergers: modules that turn a packed sequence into projected tokens.
         window: side of an attention window in projected tokens, None without window attention.
         pooling: the `nn.MultiheadAttention` that pools the output over all patches (SigLIP's head), None without one.
+        split: queries, keys and values float[tiles, S, H * d], before rotation, of an attention and of what enters it,
+            where it has no module for each; None: what `queries`, `keys` and `values` put out.
+        rotate: an attention, queries or keys float[tiles, H, P, d] of patches and its rotary tables to rotated ones,
+            for dense towers that hand each block `rope`; None: they do not.
+        mask: the argument of a block that takes an attention mask.
+        mask_per_head: whether it wants one per tile and head, float[tiles * H, S, S].
+        any_mask: whether its attention takes masks whatever computes it; else with transformers' sdpa and eager only.
+        last: the module whose output is the sequence that the tower ends with; None: its own output is.
+        entries: methods of `module` that run it from the pixels up to `last`, apart from forward.
+        closed: methods of `module` that run its blocks and put out what lies between them.
+        pools: whether the output is made of all patches that are left, without a mask.
     """
 
     module: nn.Module
@@ -58,9 +69,19 @@ class Tower:
     output: str = "out_proj"
     norms: tuple[str, str] = ("layer_norm1", "layer_norm2")
     mlp: str = "mlp"
+    sequential: bool = True
     mergers: tuple[nn.Module, ...] = ()
     window: int | None = None
     pooling: nn.Module | None = None
+    split: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    rotate: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    mask: str = "attention_mask"
+    mask_per_head: bool = False
+    any_mask: bool = False
+    last: nn.Module | None = None
+    entries: tuple[str, ...] = ()
+    closed: tuple[str, ...] = ()
+    pools: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,8 @@ class Backbone(ABC):
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    module_types: ClassVar[tuple[str, ...]] = ()
+    """Classes from outside transformers that the adapter serves, by their full names."""
     modalities: ClassVar[tuple[Modality, ...]] = ("image",)
     dynamic_resolution: ClassVar[bool] = False
     """Whether the number of visual tokens follows the size of the image, so that down-scaling before the processor
@@ -98,8 +121,8 @@ class Backbone(ABC):
     """Whether the projector reads the tower's states alone. Where it reads several towers side by side, no patch may
     leave between their blocks, and the CLS of one of them means nothing to the projector."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
 
     @property
     def root(self) -> Any:
@@ -117,6 +140,10 @@ class Backbone(ABC):
     @abstractmethod
     def tower(self) -> Tower | None:
         """The vision tower, None for a bare decoder."""
+
+    def tower_refusal(self) -> str | None:
+        """Why the tower cannot be compressed in its present state, None if it can; asked before each call of it."""
+        return None
 
     def projector(self) -> nn.Module | None:
         """The module that maps patches to the decoder's width; only needed where `tokenwise_projector` holds."""
@@ -153,6 +180,14 @@ class Backbone(ABC):
         """How many tower layers the projector reads side by side."""
         layers = getattr(self.model.config, "vision_feature_layer", None)
         return len(layers) if isinstance(layers, list | tuple) else 1
+
+    def patch_grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of pictures float[tiles, C, H, W]."""
+        tower = self.tower()
+        assert tower is not None
+        module: Any = tower.module
+        patch: int = module.config.patch_size
+        return pixels.shape[-2] // patch, pixels.shape[-1] // patch
 
     def widths(self) -> tuple[int, int]:
         """Channels of the tower's states, and of what the projector reads."""

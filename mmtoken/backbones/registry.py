@@ -1,7 +1,10 @@
-"""Which adapter serves which Hugging Face model type."""
+"""Which adapter serves which model."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
 from transformers import PreTrainedModel
 
 from mmtoken.backbones.bare import BareDecoder, BareTower
@@ -10,8 +13,10 @@ from mmtoken.backbones.idefics3 import Idefics3
 from mmtoken.backbones.llava import Llava
 from mmtoken.backbones.llava_onevision import LlavaOneVision
 from mmtoken.backbones.llava_video import LlavaVideo
+from mmtoken.backbones.open_clip import OpenClipViT
 from mmtoken.backbones.openvla import OpenVLA
 from mmtoken.backbones.qwen_vl import QwenVL
+from mmtoken.backbones.timm_vit import TimmViT
 from mmtoken.errors import UnsupportedError, near_names
 
 ADAPTERS: tuple[type[Backbone], ...] = (
@@ -23,18 +28,41 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     OpenVLA,
     BareDecoder,
     BareTower,
+    TimmViT,
+    OpenClipViT,
 )
 
+HOLDERS = {
+    "open_clip.model.CLIP": "visual",
+    "open_clip.model.CustomTextCLIP": "visual",
+    "open_clip.timm_model.TimmModel": "trunk",
+}
+"""Classes around a tower, by their full names, and their attribute that holds it."""
 
-def adapt(model: PreTrainedModel) -> Backbone:
+
+def adapt(model: nn.Module) -> Backbone:
     """The adapter for `model`.
 
     Raises:
-        UnsupportedError: no adapter serves this `config.model_type`.
+        UnsupportedError: no adapter serves this `config.model_type`, or this class from outside transformers.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(f"model is a {type(model).__name__}; expected a transformers PreTrainedModel.")
-    return check_model_type(model.config.model_type)(model)
+    if isinstance(model, PreTrainedModel):
+        return check_model_type(model.config.model_type)(model)
+    module: Any = model
+    while (names := _full_names(module)) & HOLDERS.keys():
+        module = getattr(module, next(HOLDERS[name] for name in HOLDERS if name in names))
+    for adapter in ADAPTERS:
+        if names & set(adapter.module_types):
+            return adapter(module)
+    raise UnsupportedError(
+        f"model is a {type(model).__name__}; expected a transformers PreTrainedModel, a VisionTransformer or Eva of "
+        "timm, or an open_clip model with one of those or its own VisionTransformer."
+    )
+
+
+def _full_names(model: object) -> set[str]:
+    """The full names of the classes of an object; what is looked up by them need not be imported."""
+    return {f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__}
 
 
 def check_model_type(model_type: str) -> type[Backbone]:
@@ -54,7 +82,7 @@ def facts() -> list[dict[str, str]]:
     return [
         {
             "name": adapter.name,
-            "model_types": ", ".join(adapter.model_types),
+            "model_types": ", ".join(adapter.model_types or adapter.module_types),
             "modalities": ", ".join(adapter.modalities) or "marked by visual=",
             "resolution": "dynamic" if adapter.dynamic_resolution else "fixed",
         }

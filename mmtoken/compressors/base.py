@@ -18,6 +18,7 @@ Budget = Literal["exact", "at_most", "adaptive"]
 
 Parity = Literal["official code", "oracle only"]
 Cost = Literal["rows", "pairs"]
+TowerCut = Literal["block", "mlp"]
 
 SITES = (
     "prepare",
@@ -108,7 +109,8 @@ class TowerStates:
 
     Attributes:
         query, key, value: float[B, H, N, M, d]; a token is M patches (1 where every patch is projected by itself).
-        prefix_query, prefix_key, prefix_value: float[B, H, P, d] of CLS and registers; P is 0 without them.
+        prefix_query, prefix_key, prefix_value: float[B, H, P, d] of CLS and registers, CLS first, and behind them of
+            `guests`; P is 0 without any.
     """
 
     query: Tensor
@@ -414,6 +416,8 @@ class Compressor(Pretrained, ABC):
         needs: what the method reads besides the tokens.
         merges: whether surviving tokens' features change.
         size_bias: whether towers that take a mask add log(size) to their attention scores (ToMe, equation 1).
+        tower_cut: where in a tower block `vision_layer` acts: as the "block" begins, or between its attention and its
+            "mlp".
         query_agnostic, causal: whether it ignores the question, and needs no later frame.
         trainable: whether it has learned parts.
         patchwise_projector: whether it works only where the projector maps every patch by itself.
@@ -436,6 +440,7 @@ class Compressor(Pretrained, ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     merges: ClassVar[bool] = False
     size_bias: ClassVar[bool] = False
+    tower_cut: ClassVar[TowerCut] = "block"
     query_agnostic: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     trainable: ClassVar[bool] = False
@@ -484,8 +489,24 @@ class Compressor(Pretrained, ABC):
         raise NotImplementedError
 
     def vision_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
-        """Between tower blocks: tokens entering block `layer` (1 .. depth - 1) in, those that enter it out."""
+        """Inside the tower: tokens at block `layer` in, those that are left of them out.
+
+        With `tower_cut` "block" they are what enters a block (1 .. depth - 1), with "mlp" what its attention leaves
+        (0 .. depth - 1). What the context says of "the block that has just run" is block `layer` itself then.
+        """
         raise NotImplementedError
+
+    def guests(self, cls: Tensor | None, layer: int, ctx: Context) -> Tensor | None:
+        """Tokens float[B, E, D] that attend in tower block `layer` with its own and leave before its MLP; None: none.
+
+        Only asked of methods that cut there (`tower_cut` "mlp"), also in blocks where `vision_layer` changes nothing.
+
+        Args:
+            cls: float[B, D], the CLS token that enters the block, None without one.
+            layer: 0 .. depth - 1.
+            ctx: gives `memory`.
+        """
+        return None
 
     def project(
         self, tokens: VisualTokens, default: Callable[[VisualTokens], VisualTokens], ctx: Context

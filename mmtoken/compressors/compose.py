@@ -67,6 +67,12 @@ class Composition(Compressor):
                 f"positions of the parts are {[part.positions for part in chain]}; give all the same, since the "
                 "surviving tokens have one position each."
             )
+        cuts = {part.tower_cut for part in chain if "vision_layer" in part.sites} or {"block"}
+        if len(cuts) > 1:
+            raise MMTokenError(
+                "parts act in the tower at two places, as a block begins and between its attention and its MLP; "
+                "combine methods that act at the same one."
+            )
         kept_whole = [part for part in chain if part.identity_at_full is not True]
         pairs = any(part.cost == "pairs" for part in chain)
         facts: dict[str, Any] = {
@@ -75,6 +81,7 @@ class Composition(Compressor):
             "sites": frozenset().union(*(part.sites for part in chain)),
             "needs": frozenset().union(*(part.needs for part in chain)),
             "merges": any(part.merges for part in chain),
+            "tower_cut": cuts.pop(),
             "size_bias": any(part.size_bias for part in chain),
             "query_agnostic": all(part.query_agnostic for part in chain),
             "causal": all(part.causal for part in chain),

@@ -1,4 +1,4 @@
-"""TCA: between tower blocks, keep what the class token attends to, condense the rest into five tokens."""
+"""TCA: inside tower blocks, keep what the class token attends to, condense the rest into five tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmtoken.compressors.base import Compressor, Context, Need, Positions, TowerStates, check_whole
+from mmtoken.compressors.base import (
+    Compressor,
+    Context,
+    Need,
+    Parity,
+    Positions,
+    TowerCut,
+    TowerStates,
+    check_whole,
+)
 from mmtoken.compressors.stages import as_tuple, check_ascending, scaled_cuts
 from mmtoken.errors import MMTokenError, UnsupportedError
 from mmtoken.kernels.attention_rows import attention_rows
@@ -17,8 +26,7 @@ from mmtoken.kernels.gather_merge import gather_merge
 from mmtoken.tokens import VisualTokens, kept_count, refuse_nan
 
 PAPER_DEPTH = 12
-PAPER_LAYERS = (4, 7, 10)
-"""Blocks that are entered after the attention of blocks 3, 6 and 9."""
+PAPER_LAYERS = (3, 6, 9)
 
 CENTRES = 4
 
@@ -34,7 +42,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class TCA(Compressor):
-    """Token condensation: at three places in the tower the tokens that CLS cares least about become five.
+    """Token condensation: in three tower blocks the tokens that CLS cares least about become five.
 
     Tokens are ranked by the attention of CLS. The best stay as they are; the next ones are condensed into four, by
     greedy k-centres (the best-ranked is the first centre, then always the token that is farthest from all centres) and
@@ -43,13 +51,16 @@ class TCA(Compressor):
     best k - 2m stay, 2m are condensed into four and N - k into one. `keep` is what is left after the last place, with
     the same share leaving at each and the tokens that leave split as these formulas split them; `drop` sets d instead.
 
-    Only the condensation of the paper, which adapts a classifier at test time besides. Differs from it: tokens
-    leave when a block begins, and not between the attention and the MLP of the block before, so that MLP sees them all;
-    the first centre is not random. Towers without CLS (our reading): the mean query of the patches stands for it. A
-    token of several patches has the sum of their attention.
+    It happens between the attention and the MLP of a block. The rest of the paper, which adapts a classifier at test
+    time, is `mmtoken.classify.TCAClassifier`. Differs from the paper: the first centre is not random. Towers without
+    CLS (our reading): the mean query of the patches stands for it. A token of several patches has the sum of their
+    attention.
+
+    `ctx.memory["anchors"]`, if a caller gives one (`Session.remembering`), holds float[C, D] per block: states of CLS
+    that stand for C classes. The one most similar to the CLS that enters the block attends in it with the other tokens.
 
     Attributes:
-        layers: tower blocks (0-based) before which tokens are condensed; None: before 4, 7 and 10 of 12, scaled.
+        layers: tower blocks (0-based) in which tokens are condensed; None: 3, 6 and 9 of 12, scaled.
         drop: drop rate at each place, in (0, 1); counts then follow from it alone.
         first: which of the tokens to be condensed is the first centre, by rank; cut to those that there are.
         variant: "paper" ranks by the mean over heads of a token's rank in each head, "repo" by the mean attention.
@@ -70,12 +81,14 @@ class TCA(Compressor):
     year: ClassVar[int] = 2025
     needs: ClassVar[frozenset[Need]] = frozenset({"tower_states"})
     merges: ClassVar[bool] = True
+    tower_cut: ClassVar[TowerCut] = "mlp"
+    parity: ClassVar[Parity] = "official code"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "layers", as_tuple("layers", self.layers))
         if self.layers is not None:
-            check_ascending("layers", self.layers, lowest=1)
+            check_ascending("layers", self.layers, lowest=0)
         if self.drop is not None and (not isinstance(self.drop, float) or not 0 < self.drop < 1):
             raise MMTokenError(f"drop={self.drop!r} is no rate; give a float between 0 and 1, or None.")
         check_whole("first", self.first, lowest=0)
@@ -83,17 +96,25 @@ class TCA(Compressor):
             raise MMTokenError(f"variant={self.variant!r} is unknown; use 'paper' or 'repo'.")
 
     def cuts(self, depth: int) -> tuple[int, ...]:
-        """Blocks before which tokens are condensed, in a tower that is read after `depth` blocks."""
+        """Blocks in which tokens are condensed, in a tower that is read after `depth` blocks."""
         return scaled_cuts(PAPER_LAYERS, PAPER_DEPTH, depth) if self.layers is None else self.layers
 
     def tower_layers(self, depth: int, blocks: int) -> tuple[int, ...]:
-        if depth < 2:
-            raise UnsupportedError("This tower is read after its first block, so there is no place between blocks.")
         if self.layers is not None and self.layers[-1] >= depth:
             raise UnsupportedError(
-                f"layers={self.layers} but this tower is read after {depth} blocks; choose from 1 to {depth - 1}."
+                f"layers={self.layers} but this tower is read after {depth} blocks; choose from 0 to {depth - 1}."
             )
+        if not self.cuts(depth):
+            raise UnsupportedError("This tower is read after its first block; name the block yourself (layers).")
         return ()
+
+    def guests(self, cls: Tensor | None, layer: int, ctx: Context) -> Tensor | None:
+        anchors = ctx.memory.get("anchors", {}).get(layer)
+        if anchors is None or cls is None or layer not in self.cuts(ctx.depth):
+            return None
+        similar = nn.functional.cosine_similarity(cls[:, None].float(), anchors[None].float(), dim=-1)
+        chosen: Tensor = anchors[similar.argmax(-1)][:, None]
+        return chosen
 
     def vision_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
         cuts = self.cuts(ctx.depth)

@@ -12,8 +12,7 @@ from typing import Any, Literal, get_args
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.registry import adapt
@@ -68,6 +67,7 @@ class ThreadState(threading.local):
             read it before anything is encoded.
         labels: what the forward in progress is to predict.
         videos: where the videos of the next calls of the tower go on, None where each call begins its own.
+        memory: what the method remembers of earlier calls of the tower, None where each call begins anew.
         aside: whether the decoder runs in the middle of another call, and no hook acts.
     """
 
@@ -87,6 +87,7 @@ class ThreadState(threading.local):
     asked: Prompt | None = None
     labels: Tensor | None = None
     videos: tuple[VideoState, ...] | None = None
+    memory: dict[str, Any] | None = None
     aside: bool = False
 
     def __init__(self) -> None:
@@ -95,7 +96,7 @@ class ThreadState(threading.local):
 
 
 def check(
-    model: PreTrainedModel, compressor: Compressor | Trained | str | dict[str, Any], *, visual: Tensor | None = None
+    model: nn.Module, compressor: Compressor | Trained | str | dict[str, Any], *, visual: Tensor | None = None
 ) -> None:
     """Do nothing if `compressor` can be attached to `model`.
 
@@ -129,6 +130,12 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
     if "refresh" in method.sites:
         _check_reuse(backbone, method)
+    tower = backbone.tower()
+    if "vision_layer" in method.sites and method.tower_cut == "mlp" and tower is not None and not tower.sequential:
+        raise UnsupportedError(
+            f"{name} acts between attention and MLP of a block, and those of this {backbone.name} run side by side, or "
+            "are normalised behind; use a method that acts as a block begins."
+        )
     if "vision_layer" in method.sites and not backbone.plain_tower:
         raise UnsupportedError(
             f"{name} drops patches between blocks of a tower, and {backbone.name} joins what two towers make of "
@@ -176,6 +183,12 @@ def _check_reuse(backbone: Backbone, method: Compressor) -> None:
         raise UnsupportedError(
             f"{name} takes patches of a frame from an earlier one of its video, and {backbone.name} reads images only."
         )
+    tower = backbone.tower()
+    if tower is not None and tower.split is not None:
+        raise UnsupportedError(
+            f"{name} computes some patches of a block only, which needs projections that are modules of their own as "
+            f"in transformers' towers; those of a {backbone.name} are not."
+        )
     if "vision_layer" in method.sites:
         raise UnsupportedError(
             f"{name} takes patches from an earlier frame and drops others between blocks of the same tower, so that "
@@ -209,11 +222,11 @@ class Session(AbstractContextManager["Session"]):
     """
 
     def __init__(
-        self, model: PreTrainedModel, compressor: Compressor | Trained, visual: Tensor | None, mode: Mode = "drop"
+        self, model: nn.Module, compressor: Compressor | Trained, visual: Tensor | None, mode: Mode = "drop"
     ) -> None:
         if mode not in get_args(Mode):
             raise MMTokenError(f"mode={mode!r} is unknown; use 'drop' or 'mask'.")
-        self.model = model
+        self.model: Any = model
         self.mode = mode
         self.compressor = settings_of(compressor)
         self.trained = compressor if isinstance(compressor, Trained) else None
@@ -292,6 +305,18 @@ class Session(AbstractContextManager["Session"]):
             yield
         finally:
             self.thread.videos = before
+
+    @contextmanager
+    def remembering(self, memory: dict[str, Any]) -> Iterator[None]:
+        """Let the method find `memory` as `Context.memory` in the tower, and change it: for state across calls.
+
+        Without it every call of a tower begins with an empty one. Holds for this thread only.
+        """
+        before, self.thread.memory = self.thread.memory, memory
+        try:
+            yield
+        finally:
+            self.thread.memory = before
 
     @contextmanager
     def resuming(self, episode: EpisodeState) -> Iterator[None]:
@@ -373,14 +398,14 @@ class Session(AbstractContextManager["Session"]):
         self.thread.latest = report
 
 
-def attached(model: PreTrainedModel) -> Session | None:
+def attached(model: nn.Module) -> Session | None:
     """The session of a model that has a compressor attached, None for a plain model."""
     session: Session | None = model.__dict__.get(_ATTACHED)
     return session
 
 
 def attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     compressor: Compressor | Trained | str | dict[str, Any],
     *,
     visual: Tensor | None = None,
@@ -389,7 +414,7 @@ def attach(
     """Attach a compressor to a model until `.detach()`.
 
     Args:
-        model: a transformers VLM with an adapter, or a bare decoder or tower.
+        model: a transformers VLM with an adapter, a bare decoder or tower, or a tower of timm or open_clip.
         compressor: an instance, a name ("fastv"), or {"class_path": ..., "init_args": {...}}; one with learned parts
             comes as a `Trained`, which `learnable` makes.
         visual: bool[B, L] marks visual positions of the prompt; needed for bare decoders only.
@@ -406,7 +431,7 @@ def attach(
 
 
 def compress(
-    model: PreTrainedModel,
+    model: nn.Module,
     compressor: Compressor | Trained | str | dict[str, Any],
     *,
     visual: Tensor | None = None,

@@ -1,7 +1,11 @@
-"""Compresses inside a vision tower: shortens the sequence between blocks and restores the full grid at its output.
+"""Compresses inside a vision tower: shortens the sequence and restores the full grid at its output.
 
 Everything after the tower (pixel shuffle, 2x2 mergers, un-padding, pooling) needs the full grid, so the output holds
 at every dropped patch a copy of the last kept one before it; the engine drops those again before the decoder.
+
+A sequence gets shorter as a block begins, or between a block's attention and its MLP. A block holds its hidden states
+for the residual there, out of reach of hooks: the new features are written into those, the MLP runs on the short
+sequence, its output comes back on the long one for the addition, and the block's output is cut.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from mmtoken.errors import UnsupportedError
 from mmtoken.kernels.attention_rows import attention_rows
 from mmtoken.tokens import VisualTokens
 
+PARTS = ("query", "key", "value")
+
 
 @dataclass
 class BlockCall:
@@ -31,18 +37,27 @@ class BlockCall:
         output: the block's output; only kept for blocks that are read.
         mask: attention mask of dense blocks, None without one.
         rotary: (cosine, sine) float[S, d] of packed blocks.
+        attention: the block's attention, and `entered` what entered it, for towers with `Tower.split`.
+        tables: rotary tables that dense blocks were handed, None without.
+        guests: how many tokens attend in this block only, behind the others.
         back: index into the sequence of every place of the grid, None while the sequence is the grid.
         real: bool[tiles, S], False on the padding of short rows; None without padding.
         lengths: int[frames], patches per frame of packed sequences.
+        output_back: the same as `back` for what the block puts out.
     """
 
     projected: dict[str, Tensor] = field(default_factory=dict)
     output: Tensor | None = None
     mask: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    attention: Any = None
+    entered: Tensor | None = None
+    tables: Tensor | None = None
+    guests: int = 0
     back: Tensor | None = None
     real: Tensor | None = None
     lengths: Tensor | None = None
+    output_back: Tensor | None = None
 
 
 class TowerRun(ABC):
@@ -54,7 +69,8 @@ class TowerRun(ABC):
     Attributes:
         now: the block that is running or has run last.
         calls: the blocks that are read after the tower has run.
-        backs: per block number, see `BlockCall.back`.
+        backs: per block number, see `BlockCall.output_back`.
+        came: where each place of the current sequence was in the one before the last cut.
         cls: float[tiles, D], CLS features where the method acts, None without CLS.
         tokens: what a method left, None before it acted.
         counts: tokens per row before any cut.
@@ -67,6 +83,7 @@ class TowerRun(ABC):
         self.calls: dict[int, BlockCall] = {}
         self.backs: dict[int, Tensor | None] = {}
         self.back: Tensor | None = None
+        self.came: Tensor | None = None
         self.cls: Tensor | None = None
         self.tokens: VisualTokens | None = None
         self.counts: list[int] | None = None
@@ -75,7 +92,7 @@ class TowerRun(ABC):
     def begin(self, number: int, kwargs: dict[str, Any], *, read: bool) -> None:
         """Note that block `number` starts with these arguments; `read`: what it computes is asked for later."""
         self.now = self.record(kwargs)
-        self.backs[number] = self.back
+        self.backs[number] = self.now.output_back = self.back
         if read:
             self.calls[number] = self.now
 
@@ -111,6 +128,13 @@ class TowerRun(ABC):
     def record(self, kwargs: dict[str, Any]) -> BlockCall:
         """An empty record of a block that is called with these arguments on the current sequence."""
 
+    def cut_inside(self, number: int, hidden: Tensor, tokens: VisualTokens) -> Tensor:
+        """The hidden states that hold `tokens` only, which are written into `hidden` as well."""
+        short = self.shorten(hidden, tokens)
+        self.write(hidden, short)
+        self.backs[number] = self.now.output_back = self.back
+        return short
+
     @abstractmethod
     def units(self, hidden: Tensor) -> VisualTokens:
         """The tokens of a block's input."""
@@ -120,12 +144,24 @@ class TowerRun(ABC):
         """The block's input that holds `tokens` only."""
 
     @abstractmethod
+    def write(self, into: Tensor, values: Tensor) -> Tensor:
+        """Write what a sequence holds after a cut into one as it was before the cut, in place, and return that."""
+
+    @abstractmethod
+    def left_of(self, values: Tensor) -> Tensor:
+        """What is left of a sequence after the last cut."""
+
+    @abstractmethod
     def block_arguments(self, kwargs: dict[str, Any], size_bias: bool) -> dict[str, Any]:
         """The block's other arguments for the current sequence."""
 
     @abstractmethod
     def restore(self, output: Tensor, back: Tensor | None, per_unit: bool = False) -> Tensor:
         """A tensor over a sequence (of patches, or of units) that `back` leads back from, on the full grid."""
+
+    def fill(self, output: Any) -> Any:
+        """The output of a tower with `Tower.last`: sequences, with or without CLS and registers, on the full grid."""
+        raise UnsupportedError("Only towers on dense sequences put out pooled features.")
 
     @abstractmethod
     def representatives(self) -> Tensor:
@@ -174,7 +210,12 @@ class DenseRun(TowerRun):
         self.real: Tensor | None = None
 
     def record(self, kwargs: dict[str, Any]) -> BlockCall:
-        return BlockCall(mask=kwargs.get("attention_mask"), back=self.back, real=self.real)
+        return BlockCall(
+            mask=None if self.tower.mask_per_head else kwargs.get(self.tower.mask),
+            tables=None if self.tower.rotate is None else kwargs.get("rope"),
+            back=self.back,
+            real=self.real,
+        )
 
     def units(self, hidden: Tensor) -> VisualTokens:
         body = hidden[:, self.tower.prefix :]
@@ -203,6 +244,8 @@ class DenseRun(TowerRun):
         order = members.argsort(dim=-1, stable=True)
         body = features.gather(1, order[..., None].expand(-1, -1, width))
         kept = members.gather(1, order)
+        first = torch.arange(prefix, device=kept.device).expand(tiles, -1)
+        self.came = torch.cat([first, self.where.gather(1, kept.clamp(max=self.patches - 1)) + prefix], 1)
         rank = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         spare = torch.zeros(tiles, self.patches + 1, dtype=torch.long, device=kept.device)
         self.where = spare.scatter(1, kept, rank)[:, : self.patches]
@@ -211,15 +254,29 @@ class DenseRun(TowerRun):
         self.real = None if whole else nn.functional.pad(valid.gather(1, order), (prefix, 0), value=True)
         self.tokens = tokens
         filled = (self.left.long().cumsum(-1) - 1).clamp(min=0) + prefix
-        self.back = torch.cat([torch.arange(prefix, device=kept.device).expand(tiles, -1), filled], 1)
+        self.back = torch.cat([first, filled], 1)
         return torch.cat([hidden[:, :prefix], body], 1)
+
+    def write(self, into: Tensor, values: Tensor) -> Tensor:
+        assert self.came is not None
+        if self.real is None:
+            return into.scatter_(1, self.came[..., None].expand_as(values), values)
+        rows, places = self.real.nonzero(as_tuple=True)
+        into[rows, self.came[rows, places]] = values[rows, places]
+        return into
+
+    def left_of(self, values: Tensor) -> Tensor:
+        assert self.came is not None
+        return values.gather(1, self.came[..., None].expand(-1, -1, values.shape[-1]))
 
     def block_arguments(self, kwargs: dict[str, Any], size_bias: bool) -> dict[str, Any]:
         if self.tokens is None or (self.real is None and self.tokens.source.shape[1] == len(self.members)):
             return kwargs
         changed = dict(kwargs)
         tiles, prefix = len(self.kept), self.tower.prefix
-        mask = kwargs.get("attention_mask")
+        if self.tower.rotate is not None and kwargs.get("rope") is not None:
+            changed["rope"] = self._tables(kwargs["rope"])
+        mask = kwargs.get(self.tower.mask)
         if mask is not None:
             kept = torch.cat([torch.arange(prefix, device=mask.device).expand(tiles, -1), self.kept + prefix], 1)
             mask = mask.expand(tiles, -1, -1, -1)
@@ -234,8 +291,20 @@ class DenseRun(TowerRun):
             else:
                 # A sum of two lowest numbers would be infinite, and a row of them not a number.
                 mask = bias if mask is None else (bias + mask).clamp(min=lowest)
-        changed["attention_mask"] = mask
+        if mask is not None and self.tower.mask_per_head:
+            mask = mask.expand(-1, self.tower.heads, -1, -1).flatten(0, 1)
+        changed[self.tower.mask] = mask
         return changed
+
+    def _tables(self, tables: Tensor) -> Tensor:
+        """Rotary tables of the patches that are left of each tile, float[tiles, H or 1, K, d].
+
+        Args:
+            tables: float[patches, d], or float[H, patches, d] where heads differ.
+        """
+        if tables.ndim == 2:
+            return tables[self.kept][:, None]
+        return tables[:, self.kept].transpose(0, 1)
 
     def _bias(self, size_bias: bool) -> Tensor | None:
         """float[tiles, 1, 1, S]: what is added to the scores of every key, None if nothing is."""
@@ -260,6 +329,8 @@ class DenseRun(TowerRun):
         return bias[:, None, None, :]
 
     def _check_mask(self) -> None:
+        if self.tower.any_mask:
+            return
         kind = self.tower.module.config._attn_implementation  # type: ignore[union-attr]
         if kind not in ("sdpa", "eager"):
             raise UnsupportedError(
@@ -272,14 +343,39 @@ class DenseRun(TowerRun):
             return output
         return output.gather(1, back[..., None].expand(-1, -1, output.shape[-1]))
 
+    def fill(self, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return tuple(self.fill(part) for part in output)
+        if not isinstance(output, Tensor) or output.ndim != 3 or self.back is None:
+            return output
+        prefix, patches = self.tower.prefix, self.kept.shape[1]
+        if output.shape[1] == prefix + patches:
+            return self.restore(output, self.back)
+        return self.restore(output, self.back[:, prefix:] - prefix) if output.shape[1] == patches else output
+
     def representatives(self) -> Tensor:
         return self.left.float()[..., None]
 
     def _part(self, call: BlockCall, place: int) -> Tensor:
-        """float[tiles, S, H * d]: queries (0), keys (1) or values (2) of a block."""
+        """float[tiles, S, H * d]: queries (0), keys (1) or values (2) of a block, before rotation."""
         tower = self.tower
+        if tower.split is not None:
+            if call.entered is not None and not call.projected:
+                with torch.no_grad():
+                    call.projected = dict(zip(PARTS, tower.split(call.attention, call.entered), strict=True))
+            return self.projection(call, PARTS[place])
         states = self.projection(call, (tower.queries, tower.keys, tower.values)[place])
         return states.chunk(3, -1)[place] if tower.queries == tower.keys else states
+
+    def _heads(self, call: BlockCall, place: int) -> Tensor:
+        """float[tiles, H, S, d]: the same per head, queries and keys rotated."""
+        tower = self.tower
+        states: Tensor = self._part(call, place).unflatten(-1, (tower.heads, -1)).transpose(1, 2)
+        if tower.rotate is None or call.tables is None or place == 2:
+            return states
+        end = states.shape[2] - call.guests
+        body = tower.rotate(call.attention, states[:, :, tower.prefix : end], call.tables).to(states.dtype)
+        return torch.cat([states[:, :, : tower.prefix], body, states[:, :, end:]], 2)
 
     def keys_of(self, tokens: VisualTokens, *, joint: bool) -> Tensor:
         keys = self._keys(self.now, joint=joint)[:, self.tower.prefix :]
@@ -289,19 +385,21 @@ class DenseRun(TowerRun):
     def states_of(self, tokens: VisualTokens) -> TowerStates:
         tower, places = self.tower, self._places(tokens)
         parts = {}
-        for place, name in enumerate(("query", "key", "value")):
-            states = self._part(self.now, place).unflatten(-1, (tower.heads, -1)).transpose(1, 2)
-            body = states[:, :, tower.prefix :]
+        for place, name in enumerate(PARTS):
+            states = self._heads(self.now, place)
+            body, end = states[:, :, tower.prefix :], states.shape[2] - self.now.guests
             index = places[:, None, :, None].expand(-1, tower.heads, -1, body.shape[-1])
             per_token = (tokens.source.shape[1], self.members.shape[1])
             parts[name] = body.gather(2, index).unflatten(2, per_token)
-            parts[f"prefix_{name}"] = states[:, :, : tower.prefix]
+            parts[f"prefix_{name}"] = torch.cat([states[:, :, : tower.prefix], states[:, :, end:]], 2)
         return TowerStates(**parts)
 
     def attention(self, block: int | None, *, joint: bool) -> Tensor:
         call = self.call(block)
-        heads, prefix = 1 if joint else self.tower.heads, self.tower.prefix
-        query, key = (self._part(call, place).float().unflatten(-1, (heads, -1)).transpose(1, 2) for place in (0, 1))
+        prefix = self.tower.prefix
+        query, key = (self._heads(call, place).float() for place in (0, 1))
+        if joint:
+            query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
         seen = self._seen(call)
         # Without CLS all patches ask, but not padding.
         received = _received(query[:, :, :1], key, seen=seen) if prefix else _received(query, key, seen, seen)
@@ -329,7 +427,7 @@ class DenseRun(TowerRun):
     def features(self, block: int) -> Tensor:
         call = self.call(block)
         assert call.output is not None
-        return self.restore(call.output, call.back)[:, self.tower.prefix :]
+        return self.restore(call.output, call.output_back)[:, self.tower.prefix :]
 
 
 def _received(query: Tensor, key: Tensor, asking: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
@@ -397,10 +495,20 @@ class PackedRun(TowerRun):
         slots = self._slots(tokens)[tokens.valid]
         values = tokens.features[tokens.valid]
         order = slots.argsort()
+        rows = torch.arange(self.members, device=slots.device)
+        self.came = (self._rank()[slots[order]][:, None] * self.members + rows).flatten()
         self.left = torch.zeros_like(self.left).scatter(0, slots, True)
         self.tokens = tokens
         self.back = self._rank()
         return values[order].view(-1, hidden.shape[-1])
+
+    def write(self, into: Tensor, values: Tensor) -> Tensor:
+        assert self.came is not None
+        return into.index_copy_(0, self.came, values)
+
+    def left_of(self, values: Tensor) -> Tensor:
+        assert self.came is not None
+        return values[self.came]
 
     def block_arguments(self, kwargs: dict[str, Any], size_bias: bool) -> dict[str, Any]:
         if self.tokens is None:
@@ -428,9 +536,9 @@ class PackedRun(TowerRun):
     def representatives(self) -> Tensor:
         return self.left.float()[self.inverse][:, None]
 
-    def _on_grid(self, values: Tensor, call: BlockCall) -> Tensor:
-        """Values per unit of a block's sequence, in raster order of all units."""
-        return (values if call.back is None else values[call.back])[self.inverse]
+    def _on_grid(self, values: Tensor, back: Tensor | None) -> Tensor:
+        """Values per unit of a sequence that `back` leads back from, in raster order of all units."""
+        return (values if back is None else values[back])[self.inverse]
 
     def keys_of(self, tokens: VisualTokens, *, joint: bool) -> Tensor:
         return self._unit_keys(self.now, joint=joint).flatten(1)[self._rank()[self._slots(tokens)]]
@@ -469,16 +577,16 @@ class PackedRun(TowerRun):
             query, key = (x.transpose(0, 1).flatten(1)[None] for x in (query, key))
         bounds = nn.functional.pad(call.lengths.cumsum(0), (1, 0)).tolist()
         parts = [_received(query[None, :, a:b], key[None, :, a:b])[0] for a, b in itertools.pairwise(bounds)]
-        return self._on_grid(torch.cat(parts).view(-1, self.members).mean(-1), call)
+        return self._on_grid(torch.cat(parts).view(-1, self.members).mean(-1), call.back)
 
     def mean_keys(self, block: int | None, *, joint: bool) -> Tensor:
         call = self.call(block)
-        return self._on_grid(self._unit_keys(call, joint=joint).mean(1), call)
+        return self._on_grid(self._unit_keys(call, joint=joint).mean(1), call.back)
 
     def features(self, block: int) -> Tensor:
         call = self.call(block)
         assert call.output is not None
-        return self._on_grid(call.output.unflatten(0, (-1, self.members)).mean(1), call)
+        return self._on_grid(call.output.unflatten(0, (-1, self.members)).mean(1), call.output_back)
 
 
 def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -501,6 +609,8 @@ def _window_order(frames: int, rows: int, columns: int, window: int | None) -> T
 
 def restore_output(run: TowerRun, output: Any) -> Any:
     """Every token-wise tensor of a tower's output on the full grid."""
+    if run.tower.last is not None:
+        return run.fill(output)
     if isinstance(output, Tensor):
         return run.restore(output, run.back)
     if isinstance(output, ModelOutput):

@@ -108,12 +108,74 @@ def _check_blocks(blocks: Sequence[int], total: int) -> set[int]:
     return set(blocks)
 
 
+def _check_block_call(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what a tower from outside transformers may hand its blocks besides hidden states.
+
+    Raises:
+        UnsupportedError: a mask, or arguments by place, as gradient checkpointing gives them.
+    """
+    if len(args) > 1 or kwargs.get(tower.mask) is not None or kwargs.get("is_causal"):
+        raise UnsupportedError(
+            f"{tower.mask} was given to the blocks of this tower, or gradient checkpointing is on; a compressor needs "
+            "calls without either."
+        )
+
+
 class _Thread(threading.local):
     call: EncoderCall | None = None
     features: Tensor | None = None
+    inside: bool = False
+    pools: bool = False
     projecting: bool = False
     projected: VisualTokens | None = None
     length: int = 0
+    long: tuple[int, ...] = ()
+    last: Tensor | None = None
+
+
+class Replaced:
+    """A method of one module, replaced on the instance until `remove`: there are no hooks for methods but forward."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.original = getattr(module, name)
+        self.before = module.__dict__.get(name)
+
+        @functools.wraps(self.original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return self.call(*args, **kwargs)
+
+        object.__setattr__(module, name, replacement)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        if self.before is None:
+            self.module.__dict__.pop(self.name, None)
+        else:
+            object.__setattr__(self.module, self.name, self.before)
+
+
+class Entry(Replaced):
+    """A method that runs the tower; the outermost one that is called puts out the full grid."""
+
+    def __init__(self, hooks: VisionHooks, module: nn.Module, name: str) -> None:
+        self.hooks = hooks
+        super().__init__(module, name)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.hooks.enter(self, args, kwargs)
+
+
+class Closed(Replaced):
+    """A method that runs the blocks by itself, and puts out what lies between them."""
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(
+            f"{type(self.module).__name__}.{self.name} puts out what lies between the blocks, which has no full grid "
+            "while a compressor is attached; call forward, or detach the compressor."
+        )
 
 
 @dataclass
@@ -123,20 +185,25 @@ class VisionHooks:
     session: Session
     tower: Tower
 
-    def install(self) -> Iterator[RemovableHandle]:
+    def install(self) -> Iterator[RemovableHandle | Replaced]:
         """Register them; yields the handles."""
         self._thread = _Thread()
         tower, method = self.tower, self.session.compressor
         inside, last = self._cuts, tower.feature_block
-        yield tower.module.register_forward_pre_hook(self._tower_pre, with_kwargs=True)
-        yield tower.module.register_forward_hook(self._tower_post, always_call=True)
+        between = inside and method.tower_cut == "mlp"
+        if tower.entries:
+            yield from (Entry(self, tower.module, name) for name in tower.entries)
+            yield from (Closed(tower.module, name) for name in tower.closed)
+        else:
+            yield tower.module.register_forward_pre_hook(self._tower_pre, with_kwargs=True)
+            yield tower.module.register_forward_hook(self._tower_post, always_call=True)
         blocks = len(tower.blocks)
         extra = method.tower_layers(last + 1, blocks)
         self._read = _check_blocks(extra, blocks)
         if {"tower_attention", "tower_keys"} & method.needs:
             self._read.add(last)
         later = {"tower_attention": {tower.queries, tower.keys}, "tower_keys": {tower.keys}}
-        between = {"tower_keys": {tower.keys}, "tower_states": {tower.queries, tower.keys, tower.values}}
+        then = {"tower_keys": {tower.keys}, "tower_states": {tower.queries, tower.keys, tower.values}}
         for number, block in enumerate(tower.blocks):
             if inside or number in self._read:
                 yield block.register_forward_pre_hook(functools.partial(self._block_pre, number), with_kwargs=True)
@@ -144,15 +211,26 @@ class VisionHooks:
             for need in method.needs:
                 if number in self._read:
                     names |= later.get(need, set())
-                if inside and number < last:
-                    names |= between.get(need, set())
+                if inside and number < last + between:
+                    names |= then.get(need, set())
             attention = getattr(block, tower.attention)
+            if names and tower.split is not None:
+                yield attention.register_forward_pre_hook(self._enter_attention, with_kwargs=True)
+                names = set()
             for name in sorted(names):
                 hook = functools.partial(self._projected, name)
                 yield getattr(attention, name).register_forward_hook(hook)
+            if between and number <= last:
+                # Ahead of hooks that note what a block puts out.
+                yield block.register_forward_hook(self._leave_block, prepend=True)
+                norm, mlp = getattr(block, tower.norms[1]), getattr(block, tower.mlp)
+                yield norm.register_forward_pre_hook(functools.partial(self._before_mlp, number))
+                yield mlp.register_forward_hook(self._after_mlp)
             if number in extra:
                 yield block.register_forward_hook(functools.partial(self._read_block, number))
         yield tower.blocks[last].register_forward_hook(self._feature_block)
+        if tower.last is not None:
+            yield tower.last.register_forward_hook(self._note_last)
         if inside and tower.pooling is not None:
             yield tower.pooling.register_forward_pre_hook(self._pooling_pre, with_kwargs=True)
         for merger in tower.mergers if inside else ():
@@ -176,24 +254,30 @@ class VisionHooks:
 
     def _tower_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tower, state = self.tower, self._thread
+        refusal = self.session.backbone.tower_refusal()
+        if refusal is not None and self._cuts:
+            raise UnsupportedError(refusal)
         block = tower.blocks[0]
         if block.training and getattr(block, "gradient_checkpointing", False) and self._cuts:
             check_checkpointing(block, "tower blocks")
-        pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states"))
+        names = ("pixel_values", "hidden_states", "x")
+        pixels: Any = args[0] if args else next(kwargs[name] for name in names if name in kwargs)
         call = self.session.thread.encoder
         if call is None:  # a tower by itself
             call = EncoderCall("image", {"pixel_values": pixels})
             self.session.thread.report, self.session.thread.ran = None, ran()
         # What an aborted call left is taken away here, since hooks do not run after a KeyboardInterrupt.
         state.call, state.features, state.projected, state.projecting = call, None, None, False
+        state.last = None
         call.tiles = pixels.shape[0]
         if tower.packed:
             grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
             call.runs.append(PackedRun(tower, grids))
-            return
-        patch = module.config.patch_size
-        rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-        call.runs.append(DenseRun(tower, rows * columns, (rows, columns), pixels.shape[0], pixels.device))
+        else:
+            rows, columns = self.session.backbone.patch_grid(pixels)
+            call.runs.append(DenseRun(tower, rows * columns, (rows, columns), pixels.shape[0], pixels.device))
+        if self.session.thread.memory is not None:
+            call.runs[-1].memory = self.session.thread.memory
 
     def _context(self, run: TowerRun, tokens: VisualTokens, *, inside: bool) -> TowerContext:
         call = self._thread.call
@@ -238,21 +322,67 @@ class VisionHooks:
         run, method = self._run, self.session.compressor
         if run is None:
             return None
-        if len(args) > 1:
+        if self.tower.last is not None:
+            _check_block_call(self.tower, args, kwargs)
+        elif len(args) > 1:
             kwargs = {**kwargs, "attention_mask": args[1]}
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if self._cuts and 0 < number <= self.tower.feature_block:
-            tokens = run.units(hidden)
-            if self.tower.prefix:
-                run.cls = hidden[:, 0]
-            context = self._context(run, tokens, inside=True)
-            left = self.session.run_site(
-                "vision_layer", number, tokens, context, lambda t: method.vision_layer(t, number, context)
-            )
-            hidden = run.shorten(hidden, left)
+        if self._cuts and method.tower_cut == "block" and 0 < number <= self.tower.feature_block:
+            hidden = run.shorten(hidden, self._choose(run, number, hidden))
         kwargs = run.block_arguments(kwargs, method.size_bias)
         run.begin(number, kwargs, read=number in self._read)
+        if self._cuts and method.tower_cut == "mlp" and number <= self.tower.feature_block:
+            hidden = self._with_guests(run, number, hidden, kwargs)
         return (hidden,), kwargs
+
+    def _choose(self, run: TowerRun, number: int, hidden: Tensor) -> VisualTokens:
+        """What the method leaves of the tokens at a block."""
+        method, tokens = self.session.compressor, run.units(hidden)
+        if self.tower.prefix:
+            # A copy, as hidden states may be written to.
+            run.cls = hidden[:, 0].clone()
+        context = self._context(run, tokens, inside=True)
+        return self.session.run_site(
+            "vision_layer", number, tokens, context, lambda t: method.vision_layer(t, number, context)
+        )
+
+    def _with_guests(self, run: TowerRun, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The block's input with the tokens that only attend in it, behind the others."""
+        method = self.session.compressor
+        cls = hidden[:, 0] if self.tower.prefix else None
+        context = TowerContext(run, run.counts or [], None, inside=True)
+        guests = method.guests(cls, number, context)
+        if guests is None:
+            return hidden
+        if not isinstance(run, DenseRun) or kwargs.get(self.tower.mask) is not None or kwargs.get("rope") is not None:
+            raise UnsupportedError(
+                f"{type(method).__name__} lets other tokens attend in tower blocks, which takes a tower of dense "
+                "sequences without masks and rotary embeddings."
+            )
+        run.now.guests = guests.shape[1]
+        return torch.cat([hidden, guests.to(hidden)], 1)
+
+    def _enter_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._run is not None:
+            run = self._run
+            run.now.attention, run.now.entered = module, (args[0] if args else kwargs["hidden_states"]).detach()
+
+    def _before_mlp(self, number: int, norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        run, hidden = self._run, args[0]
+        if run is None:
+            return None
+        self._thread.long = hidden.shape[:-1]
+        return (run.cut_inside(number, hidden, self._choose(run, number, hidden)), *args[1:])
+
+    def _after_mlp(self, mlp: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        run, long = self._run, self._thread.long
+        return None if run is None else run.write(output.new_zeros(*long, output.shape[-1]), output)
+
+    def _leave_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        run = self._run
+        if run is None:
+            return None
+        return run.left_of(output) if isinstance(output, Tensor) else (run.left_of(output[0]), *output[1:])
 
     def _projected(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self._run is not None:
@@ -271,6 +401,17 @@ class VisionHooks:
         if self.tower.prefix and self.session.backbone.plain_tower:
             run.cls = hidden[:, 0]
 
+    def _note_last(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        run = self._run
+        if run is None:
+            return
+        if self._thread.pools and isinstance(run, DenseRun) and run.real is not None:
+            raise UnsupportedError(
+                "The method left different numbers of tokens per image, and the head of this tower pools over all "
+                "places; call it with one image at a time, or a tower that pools by CLS."
+            )
+        self._thread.last = output
+
     def _pooling_pre(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -284,6 +425,21 @@ class VisionHooks:
         run = self._run
         return output if run is None else run.restore(output, run.back, per_unit=True)
 
+    def enter(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a method of a tower that has `Tower.entries`."""
+        state = self._thread
+        if state.inside:
+            return entry.original(*args, **kwargs)
+        output = None
+        state.inside, state.pools = True, self.tower.pools and entry.name == "forward"
+        try:
+            self._tower_pre(entry.module, args, kwargs)
+            output = entry.original(*args, **kwargs)
+        finally:
+            state.inside = False
+            filled = self._tower_post(entry.module, args, output)
+        return output if filled is None else filled
+
     def _tower_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         run, state = self._run, self._thread
         features, state.features = state.features, None
@@ -292,7 +448,7 @@ class VisionHooks:
             return None
         try:
             if self.session.backbone.decoder is None:
-                self._report_bare_tower(run, features, output)
+                self._report_bare_tower(run, features, output if state.last is None else state.last)
             elif "project" not in self.session.compressor.sites:
                 state.call = None
             return restore_output(run, output) if run.tokens is not None else None

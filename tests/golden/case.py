@@ -32,6 +32,7 @@ METHODS = (
     "sparsevlm",
     "stc_cacher",
     "stc_pruner",
+    "tca",
     "tome",
     "transprune",
     "videoscan",
@@ -72,6 +73,7 @@ OUTPUTS: dict[str, frozenset[str]] = {
         for assigner in ("bilinear", "adaptive_pool", "linspace", "merge", "merge_rows_cols")
         for part in ("tokens", "shape_per_frame", "frame_id", "sequence_with_newline")
     },
+    "tca": frozenset({"output", "kept_index", "stream_final_logits", "stream_reservoir_sizes"}),
     "videoscan": frozenset({"frame[0-9]*_*", "final_query_embeds", "surviving_frames_flag", "cache_source_frames"}),
 }
 """Expected values of methods whose files name them without a prefix; patterns as in file names."""
