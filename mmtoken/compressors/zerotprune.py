@@ -12,6 +12,7 @@ from torch import Tensor
 from mmtoken.compressors.base import Compressor, Context, Cost, Need, Positions, TowerStates, check_whole
 from mmtoken.compressors.stages import as_tuple, check_ascending, scaled_cuts
 from mmtoken.errors import MMTokenError, UnsupportedError
+from mmtoken.kernels.pagerank import pagerank
 from mmtoken.kernels.similarity_stats import similarity_stats
 from mmtoken.tokens import VisualTokens, kept_count, refuse_nan, top_mask
 
@@ -23,7 +24,7 @@ PAPER_DEPTH = 12
 PAPER_LAYERS = (1, 3, 6, 9, 11)
 
 CHUNK = 256
-"""Rows of attention, or of similarities, that are in memory at once."""
+"""Rows of similarities that are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,8 @@ class ZeroTPrune(Compressor):
         """float32[B, N]: page rank of the tokens bool[B, N], 0 for the others."""
         prefix, patches = states.prefix_key.shape[2], states.key.shape[3]
         seen = left.repeat_interleave(patches, 1)
-        hidden = ~seen[:, None, :, None]
         query, key = (
-            torch.cat([first.float(), body.detach().float().flatten(2, 3).masked_fill(hidden, 0.0)], 2)
+            torch.cat([first, body.flatten(2, 3)], 2)
             for first, body in ((states.prefix_query, states.query), (states.prefix_key, states.key))
         )
         seen = torch.nn.functional.pad(seen, (prefix, 0), value=True)
@@ -188,7 +188,7 @@ class ZeroTPrune(Compressor):
         if self.boost and prefix:
             start[:, 0] = seen.sum(-1).sqrt()
         start = start / start.sum(-1, keepdim=True).clamp(min=1)
-        ranks = page_rank(query, key, seen, start, rounds, self.tolerance)
+        ranks = pagerank(query, key, seen, start, rounds, tolerance=self.tolerance)
         heads = informative_heads(ranks, seen, self.variance, rescale=self.rescale)
         per_patch = emphasise(ranks, heads)[:, prefix:]
         return per_patch.view(*left.shape, patches).sum(-1).masked_fill(~left, 0.0)
@@ -206,39 +206,6 @@ class ZeroTPrune(Compressor):
 
 def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def page_rank(query: Tensor, key: Tensor, seen: Tensor, start: Tensor, rounds: int, tolerance: float = 0.0) -> Tensor:
-    """Weighted page rank over attention graphs: s <- A^T s, A = softmax(q k^T / sqrt(d)) over the tokens seen.
-
-    Chunks of rows of A are made when they are needed, so that memory grows with N and not with its square.
-
-    Args:
-        query, key: float[B, H, n, d], finite everywhere.
-        seen: bool[B, n], the tokens of the graph.
-        start: float[B, n], first scores, with sum 1 and 0 for tokens that are not seen.
-        rounds: most rounds.
-        tolerance: an item stands still once its scores change by less than this, mean over tokens and heads.
-
-    Returns:
-        float32[B, H, n] with sum 1 over the tokens seen; 0 for the others.
-    """
-    heads, length, width = query.shape[1:]
-    scores = start[:, None].expand(-1, heads, -1)
-    moving = seen.any(-1)
-    for _ in range(rounds):
-        voted = torch.zeros_like(scores)
-        for first in range(0, length, CHUNK):
-            part = query[:, :, first : first + CHUNK] @ key.transpose(-1, -2) * width**-0.5
-            part = part.masked_fill(~seen[:, None, None, :], torch.finfo(part.dtype).min).softmax(-1)
-            voted = voted + torch.einsum("bhq,bhqn->bhn", scores[:, :, first : first + CHUNK], part)
-        voted = voted.masked_fill(~seen[:, None], 0.0)
-        change = (voted - scores).abs().sum((1, 2)) / (heads * seen.sum(-1).clamp(min=1))
-        scores = torch.where(moving[:, None, None], voted, scores)
-        moving = moving & (change >= tolerance)
-        if not bool(moving.any()):
-            break
-    return scores
 
 
 def informative_heads(ranks: Tensor, seen: Tensor, variance: tuple[float, float], *, rescale: bool = True) -> Tensor:

@@ -1,4 +1,4 @@
-"""Zero-TPrune: the page rank's invariants, heads, near-duplicates, counts and plain loops."""
+"""Zero-TPrune: heads, near-duplicates, counts and plain loops."""
 
 from __future__ import annotations
 
@@ -12,94 +12,11 @@ from torch import Tensor
 from mmtoken import MMTokenError, compress
 from mmtoken.compressors import ZeroTPrune, zerotprune
 from mmtoken.compressors.base import TowerStates
-from mmtoken.compressors.zerotprune import emphasise, informative_heads, near_duplicates, page_rank
+from mmtoken.compressors.zerotprune import emphasise, informative_heads, near_duplicates
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import kept_count
 from tests.backbones.tiny_models import build
 from tests.compressors.batches import make
-
-
-def graph(attention: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys [1, H, n, n] whose attention is the given one [H, n, n], positive rows that sum to 1."""
-    length = attention.shape[-1]
-    return attention.log()[None] * length**0.5, torch.eye(length).expand(1, attention.shape[0], -1, -1)
-
-
-def random_attention(heads: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randn(heads, length, length, generator=torch.Generator().manual_seed(seed)).softmax(-1)
-
-
-def ranked(attention: Tensor, rounds: int, tolerance: float = 0.0) -> Tensor:
-    """float[H, n], from equal weights."""
-    length = attention.shape[-1]
-    seen = torch.ones(1, length, dtype=torch.bool)
-    return page_rank(*graph(attention), seen, seen / length, rounds, tolerance)[0]
-
-
-@pytest.mark.parametrize("rounds", [1, 2, 3, 10])
-def test_scores_sum_to_one_and_are_not_negative(rounds: int) -> None:
-    scores = ranked(random_attention(3, 9), rounds)
-    torch.testing.assert_close(scores.sum(-1), torch.ones(3))
-    assert bool((scores >= 0).all())
-
-
-def test_many_rounds_end_at_the_stationary_vector() -> None:
-    attention = random_attention(2, 7)
-    scores = ranked(attention, 200)
-    for head in range(2):
-        values, vectors = torch.linalg.eig(attention[head].T.double())
-        vector = vectors[:, (values.real - 1).abs().argmin()].real
-        torch.testing.assert_close(scores[head], (vector / vector.sum()).float(), rtol=1e-5, atol=1e-6)
-
-
-def test_one_round_from_equal_weights_is_the_mean_of_each_column() -> None:
-    attention = random_attention(2, 7)
-    torch.testing.assert_close(ranked(attention, 1), attention.mean(1))
-
-
-def test_rounds_stop_once_scores_stand_still_for_each_item_by_itself() -> None:
-    """The second item hardly moves in a round, so that it needs more of them than the first."""
-    quick = random_attention(1, 6)
-    slow = 0.8 * torch.eye(6) + 0.2 * random_attention(1, 6, seed=1)
-    (a, b), (c, d) = graph(quick), graph(slow)
-    seen = torch.ones(2, 6, dtype=torch.bool)
-    both = page_rank(torch.cat([a, c]), torch.cat([b, d]), seen, seen / 6, 50, 1e-3)
-    rounds = []
-    for item, attention in enumerate((quick, slow)):
-        scores, change, number = torch.full((6,), 1 / 6), 1.0, 0
-        while change >= 1e-3:
-            after = attention[0].T @ scores
-            change = float((after - scores).abs().mean())
-            scores, number = after, number + 1
-        torch.testing.assert_close(both[item, 0], scores)
-        assert not torch.allclose(ranked(attention, number + 3)[0], scores, rtol=0, atol=1e-5)
-        rounds.append(number)
-    assert 1 < rounds[0] < rounds[1] < 50
-
-
-def test_doubly_stochastic_attention_gives_equal_scores() -> None:
-    shifts = [torch.eye(6).roll(k, 0) for k in range(6)]
-    weights = torch.tensor([0.3, 0.25, 0.2, 0.1, 0.1, 0.05])
-    attention = sum(w * s for w, s in zip(weights, shifts, strict=True))
-    torch.testing.assert_close(ranked(attention[None], 13), torch.full((1, 6), 1 / 6))
-
-
-def test_permuted_tokens_have_permuted_scores() -> None:
-    attention = random_attention(2, 8)
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(ranked(attention[:, order][:, :, order], 4), ranked(attention, 4)[:, order])
-
-
-def test_chunks_and_tokens_that_are_not_seen_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(2, 1, 3, 9, 4, generator=generator)
-    seen = torch.tensor([[True] * 6 + [False] * 3])
-    got = page_rank(query, key, seen, seen / 6.0, 3)
-    alone = page_rank(query[:, :, :6], key[:, :, :6], seen[:, :6], seen[:, :6] / 6.0, 3)
-    torch.testing.assert_close(got[:, :, :6], alone)
-    assert not bool(got[:, :, 6:].any())
-    monkeypatch.setattr(zerotprune, "CHUNK", 2)
-    torch.testing.assert_close(page_rank(query, key, seen, seen / 6.0, 3), got)
 
 
 def test_raw_scores_can_never_reach_the_published_variance() -> None:

@@ -77,19 +77,6 @@ def _scores(
 
 
 @triton.jit
-def _combined(maxima, sums, row, in_rows, SPLITS: tl.constexpr):
-    """float32[rows] each: maximum and sum of exponentials over all shares of the keys; dead rows give 0 and 1."""
-    split = tl.arange(0, SPLITS)
-    at = row[:, None] * SPLITS + split[None, :]
-    maximum = tl.load(maxima + at, mask=in_rows[:, None], other=-float("inf"))
-    total = tl.load(sums + at, mask=in_rows[:, None], other=0.0)
-    most = tl.max(maximum, 1)
-    most = tl.where(most == -float("inf"), 0.0, most)
-    weight = tl.sum(total * tl.exp(maximum - most[:, None]), 1)
-    return most, tl.where(weight > 0, weight, 1.0)
-
-
-@triton.jit
 def _statistics(
     query, key, index, mask, strides, scores_out, maxima, sums, groups, count, length, width, shared, scale, offset,
     lowest,
@@ -125,29 +112,27 @@ def _statistics(
 
 
 @triton.jit
-def _rows(scores, maxima, sums, out, heads, count, length, SPLITS: tl.constexpr, KEYS: tl.constexpr):
+def _rows(scores, most, totals, out, heads, count, length, KEYS: tl.constexpr):
     """One program per output row and tile of keys: the mean over heads; for rows per head, heads = 1 and in place."""
     number = tl.program_id(0).to(tl.int64)
     keys = tl.program_id(1).to(tl.int64) * KEYS + tl.arange(0, KEYS)
     in_keys = keys < length
-    total = tl.zeros([1, KEYS], tl.float32)
+    mean = tl.zeros([KEYS], tl.float32)
     for head in range(0, heads):
         row = (number // count * heads + head) * count + number % count
-        rows = row + tl.arange(0, 1)
-        most, weight = _combined(maxima, sums, rows, rows >= 0, SPLITS)
-        values = tl.load(scores + row * length + keys[None, :], mask=in_keys[None, :], other=-float("inf"))
-        total += tl.exp(values - most[:, None]) / weight[:, None]
-    tl.store(out + number * length + keys[None, :], total / heads, mask=in_keys[None, :])
+        values = tl.load(scores + row * length + keys, mask=in_keys, other=-float("inf"))
+        mean += tl.exp(values - tl.load(most + row)) / tl.load(totals + row)
+    tl.store(out + number * length + keys, mean / heads, mask=in_keys)
 
 
 @triton.jit
 def _columns(
-    query, key, index, mask, strides, maxima, sums, counts, out, groups, count, length, width, shared, scale, offset,
+    query, key, index, mask, strides, most, weights, out, groups, count, length, width, shared, scale, offset,
     lowest,
     WIDTH: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, INDEX: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, CAST: tl.constexpr, SPLITS: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
-    """One program per group and tile of keys: float32[KEYS], what these keys receive, rows weighted by `counts`."""
+    """One program per group and tile of keys: float32[KEYS], what these keys receive from rows with `weights`."""
     pair = tl.program_id(0).to(tl.int64)
     keys = tl.program_id(1).to(tl.int64) * KEYS + tl.arange(0, KEYS)
     total = tl.zeros([KEYS], tl.float32)
@@ -158,9 +143,10 @@ def _columns(
             query, key, index, mask, strides, pair // groups, pair % groups, rows, keys, count, length, width, shared,
             scale, offset, lowest, WIDTH, CHUNKS, ROWS, KEYS, INDEX, MASK, CAUSAL, CAST,
         )  # fmt: skip
-        most, weight = _combined(maxima, sums, pair * shared * count + rows, in_rows, SPLITS)
-        part = tl.load(counts + pair // groups * count + rows % count, mask=in_rows, other=0.0)
-        share = tl.exp(scores - most[:, None]) * (part / weight)[:, None]
+        row = pair * shared * count + rows
+        highest = tl.load(most + row, mask=in_rows, other=0.0)
+        part = tl.load(weights + row, mask=in_rows, other=0.0)
+        share = tl.exp(scores - highest[:, None]) * part[:, None]
         # A query that does not count may be padding, and zero times NaN is NaN.
         total += tl.sum(tl.where(part[:, None] > 0, share, 0.0), 0)
     tl.store(out + pair * length + keys, total, mask=keys < length)
@@ -169,6 +155,90 @@ def _columns(
 def _power(size: int, least: int, most: int) -> int:
     """The power of two from `size` on, at least `least`, at most `most`."""
     return int(max(least, min(most, triton.next_power_of_2(size))))
+
+
+class Rows:
+    """Rows of attention that kernels are launched for; none of the sizes may be zero.
+
+    Args:
+        query, key, index, mask, scale, offset: as of `operator`.
+    """
+
+    def __init__(
+        self, query: Tensor, key: Tensor, index: Tensor | None, mask: Tensor | None, scale: float, offset: int | None
+    ) -> None:
+        (batch, heads, queries, width), (groups, length) = query.shape, key.shape[1:3]
+        shared, count = heads // groups, queries if index is None else index.shape[1]
+        # Channels next to each other in memory, as models leave them.
+        query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+        kind, lowest = 0, 0.0
+        mask_strides: tuple[int, ...] = (0, 0, 0)
+        if mask is not None:
+            mask_strides = mask.expand(batch, queries, length).stride()
+            if mask.dtype == torch.bool:
+                kind, mask = 1, mask.view(torch.uint8)
+            else:
+                kind, lowest = 2, torch.finfo(mask.dtype).min / 2
+        strides = (
+            *(*query.stride()[:3], *key.stride()[:3]),
+            *((0, 0) if index is None else index.stride()),
+            *mask_strides,
+        )
+        exact = not INTERPRETED and (query.dtype == torch.float32 or query.dtype != key.dtype)
+        rows, keys = _power(count * shared, 16, ROWS_FLOAT32 if exact else ROWS), KEYS
+        chunk = _power(width, 16, MOST_WIDTH_FLOAT32 if exact else MOST_WIDTH)
+        self.tiles = batch * groups * triton.cdiv(count * shared, rows)
+        self.splits = _power(min(triton.cdiv(PROGRAMS, self.tiles), triton.cdiv(length, keys)), 1, MOST_SPLITS)
+        self.shape = batch, heads, groups, count, length
+        self.sources = (query, key, index, mask, strides)
+        self.numbers = (groups, count, length, width, shared, scale, offset or 0, lowest)
+        self.kinds = {
+            "WIDTH": chunk,
+            "CHUNKS": triton.cdiv(width, chunk),
+            "ROWS": rows,
+            "KEYS": keys,
+            "INDEX": index is not None,
+            "MASK": kind,
+            "CAUSAL": offset is not None,
+            # The interpreter multiplies bfloat16 wrongly.
+            "CAST": INTERPRETED or query.dtype != key.dtype,
+        }
+        # Float32 waits for its products, not for memory: to load ahead would only spill registers.
+        self.options = {"num_warps": 8 if exact or rows > 32 else 4, "num_stages": 1 if exact else 2}
+
+    def normalisers(self, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """float32[B, H, R] each: the highest score of a row, 0 of dead ones, and its sum of exponentials, 1 of those.
+
+        Args:
+            scores: float32[B, H, R, N], gets the scores; None: they are not wanted.
+        """
+        batch, heads, _, count, _ = self.shape
+        query = self.sources[0]
+        maxima, sums = query.new_empty(2, batch, heads, count, self.splits, dtype=torch.float32)
+        with torch.cuda.device_of(query):
+            _statistics[(self.tiles, self.splits)](
+                *self.sources, maxima if scores is None else scores, maxima, sums, *self.numbers, **self.kinds,
+                SPLITS=self.splits, STORE=scores is not None, **self.options,
+            )  # fmt: skip
+        most = maxima.amax(-1)
+        most = most.masked_fill(most == -torch.inf, 0.0)
+        total = (sums * (maxima - most[..., None]).exp()).sum(-1)
+        return most, total.masked_fill(total == 0, 1.0)
+
+    def columns(self, most: Tensor, weights: Tensor) -> Tensor:
+        """float32[B, G, N]: what each key receives.
+
+        Args:
+            most: first of `normalisers`.
+            weights: float32[B, H, R], over the second of them; rows where it is not above 0 may hold NaN.
+        """
+        batch, _, groups, _, length = self.shape
+        query = self.sources[0]
+        out = query.new_empty(batch, groups, length, dtype=torch.float32)
+        grid = (batch * groups, triton.cdiv(length, self.kinds["KEYS"]))
+        with torch.cuda.device_of(query):
+            _columns[grid](*self.sources, most, weights.contiguous(), out, *self.numbers, **self.kinds, **self.options)
+        return out
 
 
 @torch.library.custom_op("mmtoken::attention_rows", mutates_args=())
@@ -182,8 +252,8 @@ def operator(
     offset: int | None,
     mean: str,
 ) -> Tensor:
-    (batch, heads, queries, width), (groups, length) = query.shape, key.shape[1:3]
-    shared, count = heads // groups, queries if index is None else index.shape[1]
+    (batch, heads, queries, _), length = query.shape, key.shape[2]
+    count = queries if index is None else index.shape[1]
     out = _empty(query, key, index, mean)
     if out.numel() == 0:
         return out
@@ -194,56 +264,21 @@ def operator(
         places = torch.arange(queries, device=query.device).expand(batch, -1) if index is None else index
         parts = places.split(part, 1)
         return torch.cat([operator(query, key, some, mask, None, scale, offset, mean) for some in parts], 1)
-    # Channels next to each other in memory, as models leave them.
-    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
-    kind, lowest = 0, 0.0
-    mask_strides: tuple[int, ...] = (0, 0, 0)
-    if mask is not None:
-        mask_strides = mask.expand(batch, queries, length).stride()
-        if mask.dtype == torch.bool:
-            kind, mask = 1, mask.view(torch.uint8)
-        else:
-            kind, lowest = 2, torch.finfo(mask.dtype).min / 2
-    strides = (*query.stride()[:3], *key.stride()[:3], *((0, 0) if index is None else index.stride()), *mask_strides)
-    exact = not INTERPRETED and (query.dtype == torch.float32 or query.dtype != key.dtype)
-    rows, keys = _power(count * shared, 16, ROWS_FLOAT32 if exact else ROWS), KEYS
-    chunk = _power(width, 16, MOST_WIDTH_FLOAT32 if exact else MOST_WIDTH)
-    tiles = batch * groups * triton.cdiv(count * shared, rows)
-    splits = _power(min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(length, keys)), 1, MOST_SPLITS)
-    numbers = (groups, count, length, width, shared, scale, offset or 0, lowest)
-    kinds = {
-        "WIDTH": chunk,
-        "CHUNKS": triton.cdiv(width, chunk),
-        "ROWS": rows,
-        "KEYS": keys,
-        "INDEX": index is not None,
-        "MASK": kind,
-        "CAUSAL": offset is not None,
-        # The interpreter multiplies bfloat16 wrongly.
-        "CAST": INTERPRETED or query.dtype != key.dtype,
-        "SPLITS": splits,
-    }
-    maxima, sums = query.new_empty(2, batch, heads, count, splits, dtype=torch.float32)
+    rows = Rows(query, key, index, mask, scale, offset)
+    if mean == "queries":
+        counts = reference.counts(query, index, valid).expand(batch, count)
+        most, totals = rows.normalisers()
+        return rows.columns(most, counts[:, None] / totals).sum(1)
     scores = out
     if mean == "heads":
         scores = query.new_empty(batch, heads, count, length, dtype=torch.float32)
-    sources = (query, key, index, mask, strides)
-    options = {"num_warps": 8 if exact or rows > 32 else 4, "num_stages": 2}
+    most, totals = rows.normalisers(scores)
+    along = _power(length, 16, 1024)
+    grid = (out.numel() // length, triton.cdiv(length, along))
+    averaged = heads if mean == "heads" else 1
     with torch.cuda.device_of(query):
-        _statistics[(tiles, splits)](
-            *sources, scores, maxima, sums, *numbers, **kinds, STORE=mean != "queries", **options
-        )
-        if mean != "queries":
-            along = _power(length, 16, 1024)
-            averaged = heads if mean == "heads" else 1
-            grid = (out.numel() // length, triton.cdiv(length, along))
-            _rows[grid](scores, maxima, sums, out, averaged, count, length, SPLITS=splits, KEYS=along)
-            return out
-        counts = reference.counts(query, index, valid).expand(batch, count).contiguous()
-        columns = query.new_empty(batch, groups, length, dtype=torch.float32)
-        grid = (batch * groups, triton.cdiv(length, keys))
-        _columns[grid](*sources, maxima, sums, counts, columns, *numbers, **kinds, **options)
-    return columns.sum(1)
+        _rows[grid](scores, most, totals, out, averaged, count, length, KEYS=along)
+    return out
 
 
 def _empty(query: Tensor, key: Tensor, index: Tensor | None, mean: str) -> Tensor:
