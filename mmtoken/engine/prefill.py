@@ -307,7 +307,8 @@ class Prefill:
         length: L, tokens fed in this call.
         past: tokens the cache had seen before.
         real: bool[B, L], False on padding.
-        mask: the mask of the uncompressed model (logical rows and columns), None where it is plainly causal.
+        masks: per decoder layer the mask of the uncompressed model (logical rows and columns), None where its attention
+            does without one.
         embeds: float[B, L, D].
         dropped: bool[B, L] visual tokens that are gone.
         tokens: what is left of the items.
@@ -328,7 +329,7 @@ class Prefill:
     length: int
     past: int
     real: Tensor
-    mask: Tensor | None
+    masks: list[Tensor | None]
     embeds: Tensor
     position_ids: Tensor
     cut: Cut
