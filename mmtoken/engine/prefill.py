@@ -376,14 +376,15 @@ class Prefill:
         return self.cut.rank.gather(1, self.last_token[:, None])[:, 0]
 
     def forward_fill(self) -> Tensor:
-        """int[B, L]: for each position of the call, the row of the last token left at or before it.
+        """int[B, L]: for each position of the call, the row of the last token left up to it, else of the first one.
 
         The output keeps the caller's length, so that `logits[:, -1]`, `labels` and `logits_to_keep` mean what they
         meant.
         """
         cut = self.cut
         left = torch.zeros_like(self.real).scatter(1, cut.index, cut.valid_mask())
-        return torch.where(left, cut.rank, 0).cummax(-1).values
+        first = cut.rank.masked_fill(~left, self.length).amin(-1, keepdim=True)
+        return torch.where(left, cut.rank, first).cummax(-1).values
 
     def places(self, tokens: VisualTokens) -> Tensor:
         """int[I, K] positions of tokens in their prompt rows."""
