@@ -223,7 +223,7 @@ def labels_for(model: nn.Module, inputs: Inputs) -> Tensor:
 def right_padded(inputs: Inputs) -> dict[str, Any]:
     """The same batch with its padding moved from the left to the right, as in training."""
     shift = (1 - inputs["attention_mask"]).sum(-1)
-    per_token = ("input_ids", "attention_mask", "mm_token_type_ids")
+    per_token = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
     out = clone(inputs)
     for name in per_token:
         if name in out:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from mmtoken.backbones.bare import BareDecoder, BareTower
 from mmtoken.backbones.base import Backbone
+from mmtoken.backbones.gemma import Gemma3, PaliGemma
 from mmtoken.backbones.idefics3 import Idefics3
 from mmtoken.backbones.llava import Llava
 from mmtoken.backbones.llava_onevision import LlavaOneVision
@@ -26,6 +27,8 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     QwenVL,
     Idefics3,
     OpenVLA,
+    Gemma3,
+    PaliGemma,
     BareDecoder,
     BareTower,
     TimmViT,

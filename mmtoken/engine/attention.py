@@ -23,8 +23,8 @@ from mmtoken.kernels.attention_rows import Mean, attention_rows
 TAPPED_SDPA = "mmtoken_sdpa"
 
 Listener = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], bool]
-"""Called with (attention module, queries [B, H, q, d], keys and values [B, G, k, d], mask, scaling); True skips the
-attention itself."""
+"""Called with (attention module, queries [B, H, q, d], keys and values [B, G, k, d], mask (None: causal), scaling);
+True skips the attention itself."""
 
 _listening = threading.local()
 
@@ -36,7 +36,10 @@ def _tapped_sdpa(
     if listener is not None:
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if listener(module, query, key, value, attention_mask, scaling):
+        mask = attention_mask
+        if mask is None and not getattr(module, "is_causal", True):
+            mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        if listener(module, query, key, value, mask, scaling):
             return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
     output: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
         module, query, key, value, attention_mask, **kwargs

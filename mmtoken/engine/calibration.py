@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmtoken.engine import gather
 from mmtoken.engine.cache import LogicalLayer, logical_layer
+from mmtoken.engine.masks import causal
 from mmtoken.engine.prefill import Prefill
 
 
@@ -33,10 +34,10 @@ def enter_layer(decoder: Any, call: Prefill, number: int, kwargs: dict[str, Any]
     before = None if stored is None else stored.weight
     if call.weight is None and before is None:
         return kwargs
-    past, length = 0 if stored is None else stored.stored(), call.cut.index.shape[1]
+    length = call.cut.index.shape[1]
     mine = _of_cut(call, number)
     call.layer_weight[number] = mine
-    earlier = mine.new_zeros(*mine.shape[:2], past) if before is None else _widen(before, past)
+    earlier = mine[..., :0] if stored is None else stored.recent(mine[..., :0] if before is None else before, 0)
     weight = torch.cat([earlier, mine.expand(-1, earlier.shape[1], -1)], -1)
     mask = add_weight(decoder, kwargs.get("attention_mask"), weight, length, call.embeds.dtype)
     return {**kwargs, "attention_mask": mask}
@@ -47,8 +48,8 @@ def record(call: Prefill, number: int, stored: LogicalLayer) -> None:
     mine = call.layer_weight.get(number)
     if mine is None:
         return
-    past = stored.stored() - mine.shape[-1]
-    before = mine.new_zeros(*mine.shape[:2], past) if stored.weight is None else _widen(stored.weight, past)
+    past = stored.appended() - mine.shape[-1]
+    before = _widen(mine[..., :0] if stored.weight is None else stored.weight, past)
     stored.weight = torch.cat([before, mine.expand(-1, before.shape[1], -1)], -1)
 
 
@@ -56,8 +57,9 @@ def decode_mask(decoder: Any, stored: LogicalLayer, mask: Tensor | None, length:
     """The mask of a decoding step [B, H, q, k] with the weights of stored entries."""
     if stored.weight is None:
         return mask
-    width = stored.stored() + length if mask is None else mask.shape[-1]
-    return add_weight(decoder, mask, _widen(stored.weight, width), length, dtype)
+    weight = stored.recent(stored.weight, length)
+    weight = weight if mask is None else _widen(weight, mask.shape[-1])
+    return add_weight(decoder, mask, weight, length, dtype)
 
 
 def add_weight(decoder: Any, mask: Tensor | None, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
@@ -65,7 +67,7 @@ def add_weight(decoder: Any, mask: Tensor | None, weight: Tensor, length: int, d
 
     Args:
         decoder: the text model.
-        mask: bool or additive [B or 1, 1 or H, q, k], or None for causal attention.
+        mask: bool or additive [B or 1, 1 or H, q, k], or None where the attention does without.
         weight: float[B, 1 or G, k], what is added to every query's scores.
         length: q.
         dtype: of the mask.
@@ -75,6 +77,7 @@ def add_weight(decoder: Any, mask: Tensor | None, weight: Tensor, length: int, d
     if mask is None:
         own = torch.arange(width - length, width, device=weight.device)[:, None]
         mask = (torch.arange(width, device=weight.device) <= own)[None, None]
+        mask = mask if causal(decoder) else torch.ones_like(mask)
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
     if weight.shape[1] > 1:

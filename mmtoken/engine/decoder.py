@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mmtoken.backbones.base import Modality
 from mmtoken.engine import attention, calibration, gather, masks
-from mmtoken.engine.cache import LogicalLayer, logical_layer, make_logical, new_cache
+from mmtoken.engine.cache import SLIDING, LogicalLayer, attention_kinds, logical_layer, make_logical, new_cache
 from mmtoken.engine.compat import CACHE, cache_in, check_checkpointing, with_cache
 from mmtoken.engine.context import CallContext
 from mmtoken.engine.encode import without_tail
@@ -23,7 +23,7 @@ from mmtoken.engine.eviction import Eviction
 from mmtoken.engine.flops import DecoderShape
 from mmtoken.engine.listening import Listening
 from mmtoken.engine.measure import finish_report, start_report
-from mmtoken.engine.positions import renumber
+from mmtoken.engine.positions import renumber, rotary_tables
 from mmtoken.engine.prefill import Cut, Items, Prefill, check_placeholders, locate, most_mass, number_crops
 from mmtoken.engine.prompt import placeholders, prompt_of
 from mmtoken.errors import InputError, UnsupportedError
@@ -55,6 +55,7 @@ class DecoderHooks:
         self.hides = session.mode == "mask" or session.compressor.hides()
         depth = len(decoder.layers)
         self.depth = depth
+        self.kinds = attention_kinds(decoder.config)
         self.shape = DecoderShape.from_config(decoder.config)
         self.cuts = self.compressor.cut_layers(depth)
         self.listening = Listening(session, decoder)
@@ -127,7 +128,7 @@ class DecoderHooks:
     def _clear(self) -> None:
         state = self.thread
         state.visual = state.encoded = state.input_ids = state.prefill = None
-        state.decode_mask = state.decode_positions = None
+        state.decode_masks = state.decode_positions = None
         attention.listen(None)
 
     def _visual_masks(self, rows: int, length: int, past: int) -> Mapping[str, Tensor] | None:
@@ -147,7 +148,7 @@ class DecoderHooks:
         if self.thread.aside:
             return None
         # Hooks do not run after a KeyboardInterrupt, so what an aborted call left is taken away here.
-        self.thread.prefill = self.thread.decode_mask = self.thread.decode_positions = None
+        self.thread.prefill = self.thread.decode_masks = self.thread.decode_positions = None
         attention.listen(None)
         kwargs = {**dict(zip(_DECODER_ARGUMENTS, args, strict=False)), **kwargs}
         ids = kwargs.get("input_ids")
@@ -176,14 +177,14 @@ class DecoderHooks:
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = (torch.arange(length, device=embeds.device) + past)[None]
-        given = masks.full_attention(kwargs.get("attention_mask"))
+        given = kwargs.get("attention_mask")
         everything = torch.ones(rows, length, dtype=torch.bool, device=embeds.device)
         call = Prefill(
             items=items,
             length=length,
             past=past,
             real=masks.real_tokens(given, everything, past),
-            mask=masks.dense_mask(self.decoder, embeds, given, cache, positions),
+            masks=masks.dense_masks(self.decoder, self.kinds, embeds, given, cache, positions, past),
             embeds=embeds,
             position_ids=positions,
             cut=Cut.of(0, everything),
@@ -263,7 +264,7 @@ class DecoderHooks:
             length=embeds.shape[1],
             past=0,
             real=everything,
-            mask=None,
+            masks=[None] * self.depth,
             embeds=embeds,
             position_ids=torch.arange(embeds.shape[1], device=embeds.device)[None],
             cut=Cut.of(0, everything),
@@ -341,7 +342,7 @@ class DecoderHooks:
             length=input_ids.shape[1],
             past=0,
             real=masks.real_tokens(attention_mask, everything, 0),
-            mask=None,
+            masks=[None] * self.depth,
             embeds=embeds,
             position_ids=positions,
             cut=Cut.of(0, everything),
@@ -362,8 +363,11 @@ class DecoderHooks:
         if self.compressor.positions == "renumber":
             positions, cut.shift = renumber(positions, call.dropped, call.items.spans())
         changed["position_ids"] = gather.last(positions, cut.index)
-        mask = masks.prefill_mask(self.decoder, call, cut, 0, changed["inputs_embeds"])
-        changed["attention_mask"] = masks.like(kwargs.get("attention_mask"), mask)
+        changed["attention_mask"] = masks.like(
+            kwargs.get("attention_mask"),
+            self.kinds,
+            lambda number: masks.prefill_mask(self.decoder, call, cut, number, changed["inputs_embeds"]),
+        )
         flags = kwargs.get("visual_pos_masks")
         if flags is not None:
             changed["visual_pos_masks"] = gather.last(flags, cut.index) & cut.valid_mask()
@@ -415,7 +419,7 @@ class DecoderHooks:
     def _cut_arguments(self, call: Prefill, number: int, given: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
         """A layer's other arguments after a cut; layers that are given the same ones share the result."""
         ids, tables = given.get("position_ids"), given.get("position_embeddings")
-        values = (given.get("attention_mask"), ids, tables)
+        values = (given.get("attention_mask"), ids, tables, self.kinds[number])
         key = tuple(map(id, values))
         memo = call.cut.memo
         if key not in memo:
@@ -439,7 +443,8 @@ class DecoderHooks:
         if tables is not None and moved is None:
             changed["position_embeddings"] = tuple(gather.rows(table, relative) for table in tables)
         elif tables is not None and moved is not None:
-            changed["position_embeddings"] = self.decoder.rotary_emb(hidden, moved[-3:] if moved.ndim == 3 else moved)
+            axes = moved[-3:] if moved.ndim == 3 else moved
+            changed["position_embeddings"] = rotary_tables(self.decoder, hidden, axes, self.kinds[number])
         return changed
 
     def _decoder_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -486,35 +491,43 @@ class DecoderHooks:
             state.decode_positions = positions
             if first.shift is not None:
                 changed["position_ids"] = positions - first.shift[:, None]
-        mask = given = masks.full_attention(kwargs.get("attention_mask"))
-        # Only sdpa does without a mask, and only for a single query; any other mask would be made in logical columns.
-        if length > 1 or given is not None or decoder.config._attn_implementation == "eager":
+        given = kwargs.get("attention_mask")
+        dense: list[Tensor | None] = [None] * self.depth
+        # Only sdpa does without a mask, and only for a single query and without a window; any other mask would be made
+        # in logical columns.
+        needed = length > 1 or given is not None or decoder.config._attn_implementation == "eager"
+        if needed or SLIDING in self.kinds:
             if embeds is None:
                 embeds = torch.empty(*source.shape, 0, dtype=decoder.dtype, device=source.device)
-            mask = masks.dense_mask(decoder, embeds, given, cache, None)
-        state.decode_mask = mask
+            dense = masks.dense_masks(decoder, self.kinds, embeds, given, cache, None, past)
+        state.decode_masks = dense
         self.listening.begin_step(cache)
-        mask = masks.decode_mask(decoder, first, mask, length)
-        changed["attention_mask"] = masks.like(kwargs.get("attention_mask"), mask)
+
+        def translated(number: int) -> Tensor | None:
+            stored = logical_layer(cache, number)
+            return dense[number] if stored is None else masks.decode_mask(decoder, stored, dense[number], length)
+
+        changed["attention_mask"] = masks.like(given, self.kinds, translated)
         return (), changed
 
     def _decode_layer(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """The same for a layer behind a cut, which stores fewer entries than the first one."""
+        """The same for a layer behind a cut, which stores fewer entries than the first one of its kind."""
         stored = logical_layer(cache_in(kwargs), number)
         if stored is None or not stored.group:
             return None
         state = self.thread
-        first = logical_layer(cache_in(kwargs), 0)
+        mask = None if state.decode_masks is None else state.decode_masks[number]
+        first = logical_layer(cache_in(kwargs), self.kinds.index(self.kinds[number]))
         same = first is not None and not first.ragged and first.hidden is None
-        if state.decode_mask is None and not stored.ragged and stored.shift is None and stored.hidden is None and same:
+        if mask is None and not stored.ragged and stored.shift is None and stored.hidden is None and same:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         changed = dict(kwargs)
-        changed["attention_mask"] = masks.decode_mask(self.decoder, stored, state.decode_mask, hidden.shape[1])
+        changed["attention_mask"] = masks.decode_mask(self.decoder, stored, mask, hidden.shape[1])
         if stored.shift is not None and state.decode_positions is not None:
             positions = state.decode_positions - stored.shift[:, None]
             axes = positions[-3:] if positions.ndim == 3 else positions
-            changed["position_embeddings"] = self.decoder.rotary_emb(hidden, axes)
+            changed["position_embeddings"] = rotary_tables(self.decoder, hidden, axes, self.kinds[number])
         return args, changed
 
     def _weigh_step(self, number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

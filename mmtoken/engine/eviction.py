@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from mmtoken.compressors.base import CacheEntry
 from mmtoken.engine import attention, calibration, masks
-from mmtoken.engine.cache import LogicalDynamicLayer, LogicalLayer, logical_layer
+from mmtoken.engine.cache import LogicalDynamicLayer, LogicalLayer, attention_kinds, logical_layer
 from mmtoken.engine.compat import CACHE
 from mmtoken.engine.context import CallContext
+from mmtoken.engine.positions import rotary_tables
 from mmtoken.engine.prefill import Prefill
 from mmtoken.engine.report import SiteReport
 from mmtoken.errors import MMTokenError, UnsupportedError
@@ -57,6 +58,7 @@ class Eviction:
         self.context = context
         self.acts = "cache" in session.compressor.sites
         self.seen = _Seen()
+        self.kinds = attention_kinds(decoder.config)
 
     def install(self, undo: ExitStack) -> None:
         """Set everything; `undo` takes it away."""
@@ -105,8 +107,8 @@ class Eviction:
         if stored is None or stored.hidden is None:
             return kwargs
         mask = kwargs.get("attention_mask")
-        length = stored.stored() + call.cut.index.shape[1]
-        return {**kwargs, "attention_mask": masks.hide_per_head(self.decoder, stored.hidden, length, mask)}
+        gone = stored.recent(stored.hidden, call.cut.index.shape[1])
+        return {**kwargs, "attention_mask": masks.hide_per_head(self.decoder, gone, mask)}
 
     def _before(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.session.thread.prefill is None or not self._own(number, module):
@@ -157,7 +159,7 @@ class Eviction:
         calibration.record(call, number, stored)
         call.recorded.add(number)
         columns = stored.all_columns()
-        entry, index = self._entry(call, stored, columns)
+        entry, index = self._entry(call, number, stored, columns)
         context = self.context(call, hidden)
         context.learned = None if session.trained is None else session.trained.module
         started = session.clock()
@@ -175,15 +177,18 @@ class Eviction:
         else:
             stored.evict(keep)
 
-    def _entry(self, call: Prefill, stored: LogicalDynamicLayer, columns: Tensor) -> tuple[CacheEntry, Tensor]:
+    def _entry(
+        self, call: Prefill, number: int, stored: LogicalDynamicLayer, columns: Tensor
+    ) -> tuple[CacheEntry, Tensor]:
         """What the compressor gets, and int[B, n] which token of its item each entry is (-1: none that may go)."""
-        assert stored.keys is not None and stored.values is not None
+        keys, values = stored.held()
         query, unrotated = self.seen.query, self.seen.unrotated
         assert query is not None and unrotated is not None
         rows, heads, fed, width = query.shape
         seen = columns >= 0
-        if call.mask is not None:
-            visible = call.mask.expand(rows, -1, -1, -1)[torch.arange(rows, device=columns.device), 0, call.last_token]
+        mask = call.masks[number]
+        if mask is not None:
+            visible = mask.expand(rows, -1, -1, -1)[torch.arange(rows, device=columns.device), 0, call.last_token]
             visible = visible if visible.dtype == torch.bool else visible == 0
             seen = seen & visible.gather(1, columns.clamp(min=0))
         item, index = self._items(call)
@@ -193,15 +198,15 @@ class Eviction:
             return padded.gather(1, columns.clamp(min=0)).masked_fill(~seen, -1)
 
         entry = CacheEntry(
-            keys=stored.keys.detach(),
-            values=stored.values.detach(),
+            keys=keys.detach(),
+            values=values.detach(),
             queries=query,
             unrotated=unrotated.reshape(rows, fed, heads, width).transpose(1, 2),
             valid=seen,
             item=at_columns(item),
             length=_next_position(call, stored),
             scaling=self.seen.scaling,
-            rotary=functools.partial(_rotary, self.decoder, call),
+            rotary=functools.partial(_rotary, self.decoder, call, self.kinds[number]),
         )
         return entry, at_columns(index)
 
@@ -264,9 +269,9 @@ def _next_position(call: Prefill, stored: LogicalLayer) -> Tensor:
     return length if stored.shift is None else length - stored.shift
 
 
-def _rotary(decoder: Any, call: Prefill, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _rotary(decoder: Any, call: Prefill, kind: str, positions: Tensor) -> tuple[Tensor, Tensor]:
     axes = positions.expand(3, *positions.shape) if call.position_ids.ndim == 3 else positions
-    cosine, sine = decoder.rotary_emb(call.embeds, axes)
+    cosine, sine = rotary_tables(decoder, call.embeds, axes, kind)
     # Text has the same position on every axis.
     return (cosine[0], sine[0]) if cosine.ndim == 4 else (cosine, sine)
 

@@ -109,7 +109,7 @@ class Listening:
         number = self.tapped.get(id(module))
         if number is not None:
             stored = logical_layer(call.cache, number)
-            past = 0 if stored is None else stored.stored() - query.shape[2]
+            past = 0 if stored is None else stored.stored(before=query.shape[2])
             states = LayerStates(
                 query.detach(), key.detach(), value.detach(), mask, scaling, past, call.cut, call.tables.get(number)
             )
@@ -141,8 +141,7 @@ class Listening:
             past = 0
             if stored is not None and stored.stored():
                 past = stored.stored()
-                key = torch.cat([stored.keys[:, :, :past], key], 2)  # type: ignore[attr-defined]
-                value = torch.cat([stored.values[:, :, :past], value], 2)  # type: ignore[attr-defined]
+                key, value = (torch.cat(pair, 2) for pair in zip(stored.held(), (key, value), strict=True))
             found.append(LayerStates(query, key, value, mask, scaling, past, call.cut, call.tables.get(number)))
             return True
 
@@ -192,9 +191,9 @@ class Listening:
         recorder, stored = self.recorder(), None if number is None else logical_layer(cache, number)
         if number is not None and recorder is not None and stored is not None and number in recorder.recording.layers:
             newest = torch.full((len(query), 1), query.shape[2] - 1, device=query.device)
-            past = stored.stored() - query.shape[2]
+            past = stored.stored(before=query.shape[2])
             received = attention.attention_of(query, key, mask, scaling, newest, past, mean="queries")
-            recorder.note_step(number, received, stored)
+            recorder.note_step(number, received, stored.all_columns(newest=query.shape[2]))
         return False
 
     def enter_layer_of_step(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
@@ -210,14 +209,14 @@ class Listening:
             _: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
         ) -> bool:
             past = stored.stored()
-            key = torch.cat([stored.keys[:, :, :past], key], 2)  # type: ignore[attr-defined]
+            key = torch.cat([stored.held()[0], key], 2)
             newest = torch.full((len(query), 1), query.shape[2] - 1, device=query.device)
             rows.append(attention.attention_of(query, key, mask, scaling, newest, past, mean="queries"))
             return True
 
         self._attend(self.decoder.layers[number], hidden, kwargs, listener, values=False)
         # The layer has not stored the new tokens yet, and nothing is asked about them.
-        recorder.note_step(number, rows[0][:, : stored.stored()], stored)
+        recorder.note_step(number, rows[0], stored.all_columns())
 
 
 def transition(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -53,6 +54,21 @@ def renumber(position_ids: Tensor, dropped: Tensor, items: list[tuple[int, Tenso
 def _runs(places: Tensor) -> Iterable[Tensor]:
     """Consecutive positions among int[n] ascending ones."""
     return places.tensor_split(((places.diff() != 1).nonzero()[:, 0] + 1).cpu())
+
+
+def rotary_tables(decoder: Any, like: Tensor, positions: Tensor, kind: str) -> Any:
+    """Rotary (cosine, sine) of a decoder.
+
+    Args:
+        decoder: the text model.
+        like: a tensor of the wanted type and device.
+        positions: int[B, n] or int[3, B, n].
+        kind: of the layer; decoders whose layers rotate differently by kind are told.
+    """
+    told = (
+        {"layer_type": kind} if "layer_type" in inspect.signature(type(decoder.rotary_emb).forward).parameters else {}
+    )
+    return decoder.rotary_emb(like, positions, **told)
 
 
 def generation_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

@@ -307,7 +307,8 @@ class Prefill:
         length: L, tokens fed in this call.
         past: tokens the cache had seen before.
         real: bool[B, L], False on padding.
-        mask: the mask of the uncompressed model (logical rows and columns), None where it is plainly causal.
+        masks: per decoder layer the mask of the uncompressed model (logical rows and columns), None where its attention
+            does without one.
         embeds: float[B, L, D].
         dropped: bool[B, L] visual tokens that are gone.
         tokens: what is left of the items.
@@ -328,7 +329,7 @@ class Prefill:
     length: int
     past: int
     real: Tensor
-    mask: Tensor | None
+    masks: list[Tensor | None]
     embeds: Tensor
     position_ids: Tensor
     cut: Cut
@@ -375,14 +376,15 @@ class Prefill:
         return self.cut.rank.gather(1, self.last_token[:, None])[:, 0]
 
     def forward_fill(self) -> Tensor:
-        """int[B, L]: for each position of the call, the row of the last token left at or before it.
+        """int[B, L]: for each position of the call, the row of the last token left up to it, else of the first one.
 
         The output keeps the caller's length, so that `logits[:, -1]`, `labels` and `logits_to_keep` mean what they
         meant.
         """
         cut = self.cut
         left = torch.zeros_like(self.real).scatter(1, cut.index, cut.valid_mask())
-        return torch.where(left, cut.rank, 0).cummax(-1).values
+        first = cut.rank.masked_fill(~left, self.length).amin(-1, keepdim=True)
+        return torch.where(left, cut.rank, first).cummax(-1).values
 
     def places(self, tokens: VisualTokens) -> Tensor:
         """int[I, K] positions of tokens in their prompt rows."""

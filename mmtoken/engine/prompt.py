@@ -180,9 +180,7 @@ def read_prompt(
         return None
     everything = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
     visual = placeholders(session, ids, embeds)
-    text = without_last(
-        masks.real_tokens(masks.full_attention(mask), everything, past), session.backbone.action_queries
-    )
+    text = without_last(masks.real_tokens(mask, everything, past), session.backbone.action_queries)
     for places in visual.values():
         text = text & ~places
 
@@ -199,8 +197,10 @@ def read_prompt(
 
 def decode(session: Session, embeds: Tensor, real: Tensor) -> Tensor:
     """float[B, n, D]: last hidden states of a decoder call in the middle of another one; no hook acts on it."""
+    decoder = session.backbone.decoder
+    mask = real.long() if masks.causal(decoder) else masks.everything_real(decoder, real)
     with torch.no_grad(), aside(session.thread):
-        output = session.backbone.decoder(inputs_embeds=embeds, attention_mask=real.long(), use_cache=False)
+        output = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
     hidden: Tensor = output[0]
     return hidden
 
@@ -208,7 +208,7 @@ def decode(session: Session, embeds: Tensor, real: Tensor) -> Tensor:
 @contextmanager
 def aside(state: ThreadState) -> Iterator[None]:
     """Hide the call in progress from the hooks, so that they take the decoder for one that nothing is attached to."""
-    names = ("prefill", "visual", "encoded", "input_ids", "decode_mask", "decode_positions")
+    names = ("prefill", "visual", "encoded", "input_ids", "decode_masks", "decode_positions")
     saved = {name: getattr(state, name) for name in names}
     for name in names:
         setattr(state, name, None)

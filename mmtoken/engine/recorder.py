@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mmtoken.compressors.base import Recording
-from mmtoken.engine.cache import LogicalLayer
 from mmtoken.engine.prefill import Prefill
 from mmtoken.engine.states import LayerStates
 
@@ -70,12 +69,8 @@ class Recorder:
         values = received[rows, states.past + states.cut.rank[rows, places]]
         self._add(number, values.masked_fill(~(left[rows, places] & call.items.valid), 0.0))
 
-    def note_step(self, number: int, received: Tensor, stored: LogicalLayer) -> None:
-        """The newest token's attention float32[B, k] to what a layer stores, itself included."""
-        columns = stored.columns(0)
-        if columns is None:
-            columns = torch.arange(stored.stored(), device=received.device).expand(len(received), -1)
-        columns = columns[:, : received.shape[1]]
+    def note_step(self, number: int, received: Tensor, columns: Tensor) -> None:
+        """The newest token's attention float32[B, k] to the first n keys that a layer gave it, at columns int[B, n]."""
         beyond = int(max(columns.max(), self._columns.max())) + 1
         logical = received.new_zeros(len(received), beyond + 1)
         logical.scatter_(1, columns.masked_fill(columns < 0, beyond), received[:, : columns.shape[1]])

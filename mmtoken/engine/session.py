@@ -19,7 +19,7 @@ from mmtoken.backbones.registry import adapt
 from mmtoken.compressors.base import STREAM_SITES, Compressor, Context
 from mmtoken.compressors.registry import resolve
 from mmtoken.compressors.trained import Trained, settings_of
-from mmtoken.engine.cache import check_decoder
+from mmtoken.engine.cache import attention_kinds
 from mmtoken.engine.decoder import DecoderHooks
 from mmtoken.engine.encode import Encoded, EncoderCall
 from mmtoken.engine.encoder import wrap_encoder
@@ -58,7 +58,8 @@ class ThreadState(threading.local):
         visual: bool[B, L] visual positions of the forward in progress, per modality.
         input_ids: int[B, L] of that forward.
         prefill: the decoder call in progress, if it holds visual tokens.
-        decode_mask, decode_positions: logical mask and position ids of the decoder call in progress, if it does not.
+        decode_masks, decode_positions: logical masks per layer and position ids of the decoder call in progress, if it
+            does not.
         report: the report being filled.
         ran: what had run in this thread, as `dispatch.ran` counts it, before what the report is about.
         latest: the last report filed.
@@ -77,7 +78,7 @@ class ThreadState(threading.local):
     visual: dict[str, Tensor] | None = None
     input_ids: Tensor | None = None
     prefill: Prefill | None = None
-    decode_mask: Tensor | None = None
+    decode_masks: list[Tensor | None] | None = None
     decode_positions: Tensor | None = None
     report: Report | None = None
     ran: Counter[tuple[str, str]]
@@ -166,7 +167,7 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
         raise UnsupportedError(
             f"attn_implementation={implementation!r} is not supported; load the model with 'sdpa' or 'eager'."
         )
-    check_decoder(decoder.config)
+    attention_kinds(decoder.config)
     if "cache" in method.sites:
         if method.recording(len(decoder.layers)) is not None:
             raise UnsupportedError(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtoken.engine import attention
-from mmtoken.engine.cache import check_decoder
+from mmtoken.engine.cache import SLIDING, attention_kinds
 from mmtoken.engine.compat import CACHE
 from mmtoken.engine.eviction import query_module
 from mmtoken.errors import UnsupportedError
@@ -143,7 +143,11 @@ class Passes:
                 f"attn_implementation={implementation!r} is not supported; load the model with 'sdpa' or 'eager'."
             )
         self.eager = implementation == "eager"
-        check_decoder(config)
+        if SLIDING in attention_kinds(config):
+            raise UnsupportedError(
+                "This decoder has layers with a sliding window, which forget what a stream may want to see again; a "
+                "stream needs layers that attend to the whole sequence (sliding_window=None)."
+            )
         kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         if kind in _MOVING_ROTARY:
             raise UnsupportedError(

@@ -61,6 +61,11 @@ SPECIALS: dict[str, list[str]] = {
     ],
     # Its tokenizer ends with the padding token; the placeholder is the next row of the table.
     "openvla": ["<PAD>", "<image>"],
+    "gemma3": [
+        "<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>",
+        "<image_soft_token>",
+    ],
+    "paligemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<image>"],
 }  # fmt: skip
 
 # The tokens that play each role: (beginning or None, end, padding, image, video or None).
@@ -73,13 +78,18 @@ _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
     "idefics3": ("<|begin_of_text|>", "<end_of_utterance>", "<|finetune_right_pad_id|>", "<image>", None),
     "smolvlm": ("<|im_start|>", "<end_of_utterance>", "<|im_end|>", "<image>", None),
     "openvla": ("<s>", "</s>", "<PAD>", "<image>", None),
+    "gemma3": ("<bos>", "<end_of_turn>", "<pad>", "<image_soft_token>", None),
+    "paligemma": ("<bos>", "<eos>", "<pad>", "<image>", None),
 }
 
-FAMILIES: tuple[str, ...] = tuple(family for family in SPECIALS if family != "openvla")
-"""Families that hold conversations; a robot policy has one kind of prompt and no chat template."""
+FAMILIES: tuple[str, ...] = tuple(family for family in SPECIALS if family not in ("openvla", "paligemma", "gemma3"))
+"""Families that hold conversations; robot policies and PaliGemma have one kind of prompt and no chat template."""
 
 LLAMA = ("llava", "openvla")
 """Families with the tokenizer of Llama-2, a tower of 4 x 4 patches and one size of image."""
+
+GEMMA = ("gemma3", "paligemma")
+"""Families with one size of image, 16 tokens each, whose decoder is told the type of every token."""
 
 ONEVISION = ("llava_onevision", "llava_video")
 """Families that differ in the layout of videos alone."""
@@ -97,6 +107,8 @@ CELLS: list[tuple[str, str]] = [
     ("smolvlm", "image"),
     ("idefics3", "image"),
     ("openvla", "image"),
+    ("gemma3", "image"),
+    ("paligemma", "image"),
 ]
 
 CASES: tuple[str, ...] = (
@@ -157,8 +169,20 @@ def _siglip(blocks: int, size: int) -> tf.SiglipVisionConfig:
     return tf.SiglipVisionConfig(**_tower(blocks, image_size=size, patch_size=14, vision_use_head=False))
 
 
+def _windows(text: dict[str, object]) -> dict[str, object]:
+    """Every other layer sees a sliding window, which is wider than any tiny prompt."""
+    layers = range(int(text["num_hidden_layers"]))
+    kinds = ["full_attention" if number % 2 else "sliding_attention" for number in layers]
+    return {**text, "head_dim": 16, "layer_types": kinds, "sliding_window": 512}
+
+
 def _mrope(section: list[int], **more: object) -> dict[str, object]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section, **more}
+
+
+def _family(name: str) -> str:
+    """The family of a tiny model; PaliGemma 2 gets the prompts of PaliGemma, before another decoder."""
+    return "paligemma" if name == "paligemma2" else name
 
 
 def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
@@ -171,9 +195,10 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
         return _clip(4)
     if name == "siglip_vision":
         return _siglip(4, 56)
-    if name not in SPECIALS:
+    family = _family(name)
+    if family not in SPECIALS:
         raise KeyError(f"unknown tiny model {name!r}; there are {[*FAMILIES, *_BARE]}")
-    role = roles(name)
+    role = roles(family)
     tokens = {"pad_token_id": role["pad"], "bos_token_id": role["bos"], "eos_token_id": role["eos"]}
     text = _text(layers, **tokens)
     if name == "llava":
@@ -209,6 +234,26 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
             text_config=tf.LlamaConfig(**text),
             scale_factor=2 if name == "idefics3" else 4,
             image_token_id=role["image"],
+            tie_word_embeddings=False,
+        )
+    if name == "gemma3":
+        return tf.Gemma3Config(
+            vision_config=_siglip(3, 112),  # 8 x 8 patches, of which 2 x 2 become a token
+            text_config=tf.Gemma3TextConfig(**_windows(text), query_pre_attn_scalar=16),
+            mm_tokens_per_image=16,
+            boi_token_index=special_ids(name)["<start_of_image>"],
+            eoi_token_index=special_ids(name)["<end_of_image>"],
+            image_token_index=role["image"],
+            tie_word_embeddings=False,
+        )
+    if family == "paligemma":
+        kind = tf.GemmaConfig(**text, head_dim=16)
+        return tf.PaliGemmaConfig(
+            vision_config=_siglip(3, 56),
+            text_config=kind if name == family else tf.Gemma2Config(**_windows(text), query_pre_attn_scalar=16),
+            image_token_index=role["image"],
+            projection_dim=64,
+            hidden_size=64,
             tie_word_embeddings=False,
         )
     ids = special_ids(name)
@@ -272,6 +317,9 @@ _MODELS: dict[str, type[tf.PreTrainedModel]] = {
     "idefics3": tf.Idefics3ForConditionalGeneration,
     "smolvlm": tf.SmolVLMForConditionalGeneration,
     "openvla": openvla.OpenVLAForActionPrediction,
+    "gemma3": tf.Gemma3ForConditionalGeneration,
+    "paligemma": tf.PaliGemmaForConditionalGeneration,
+    "paligemma2": tf.PaliGemmaForConditionalGeneration,
     **_BARE,
 }
 
@@ -306,8 +354,8 @@ def build(
     if model.can_generate():
         generation = model.generation_config
         generation.eos_token_id = None
-        generation.bos_token_id = None if name in _BARE else roles(name)["bos"]
-        generation.pad_token_id = 0 if name in _BARE else roles(name)["pad"]
+        generation.bos_token_id = None if name in _BARE else roles(_family(name))["bos"]
+        generation.pad_token_id = 0 if name in _BARE else roles(_family(name))["pad"]
     return model
 
 
@@ -352,13 +400,15 @@ def inputs(
         raise KeyError(f"no cell ({family!r}, {modality!r}); there are {CELLS}")
     g = torch.Generator().manual_seed(seed)
     layout = _LAYOUT[case]
-    if family in LLAMA or (family in ONEVISION and modality == "video"):
+    if family in (*LLAMA, *GEMMA) or (family in ONEVISION and modality == "video"):
         # one visual count per item: let the number of items differ instead
         layout = [(a, b, [1] * (2 if sizes == [2] else len(sizes))) for a, b, sizes in layout]
     role, ids = roles(family), special_ids(family)
     item_kinds = [sizes for _, _, sizes in layout]
     if family in LLAMA:
         visual, pixels = _llava(item_kinds, g, channels=6 if family == "openvla" else 3)
+    elif family in GEMMA:
+        visual, pixels = _llava(item_kinds, g, side=112 if family == "gemma3" else 56)
     elif family in ONEVISION:
         visual, pixels = _onevision(family, item_kinds, modality, g)
     elif family in ("idefics3", "smolvlm"):
@@ -368,6 +418,10 @@ def inputs(
     rows: list[list[int]] = []
     items = iter(visual)
     for before, after, sizes in layout:
+        if family == "paligemma":  # images first
+            row = [role["image"]] * sum(next(items)[0] for _ in sizes)
+            rows.append([*row, role["bos"], *_words(before + after, g), _newline(family)])
+            continue
         row = [] if role["bos"] is None else [role["bos"]]
         row += _words(before, g)
         for i, _ in enumerate(sizes):
@@ -383,6 +437,9 @@ def inputs(
     if family in ("qwen2_5_vl", "qwen3_vl"):
         is_image, is_video = (out["input_ids"] == role[kind] for kind in ("image", "video"))
         out["mm_token_type_ids"] = is_image.long() + 2 * is_video.long()
+    if family in GEMMA:  # PaliGemma's types tell the prompt, 0, from the answer
+        types = out["input_ids"] == role["image"] if family == "gemma3" else torch.zeros_like(out["input_ids"])
+        out["token_type_ids"] = types.long()
     dtype = next(model.parameters()).dtype
     return out | {k: v.to(dtype) if v.is_floating_point() else v for k, v in pixels.items()}
 
@@ -399,6 +456,9 @@ def _placeholder(family: str, modality: str, item: list[int], ids: dict[str, int
     """One item's tokens in the prompt. `item`: [count] or, where it has parts, their layout (see the makers below)."""
     if family in LLAMA:
         return [ids["<image>"]] * item[0]
+    if family == "gemma3":
+        start, end, newline = ids["<start_of_image>"], ids["<end_of_image>"], _newline(family)
+        return [newline, newline, start, *[ids["<image_soft_token>"]] * item[0], end, newline, newline]
     if family in ONEVISION:
         return [ids["<image>" if modality == "image" else "<video>"]] * item[0]
     if family in ("idefics3", "smolvlm"):
@@ -421,9 +481,11 @@ def _placeholder(family: str, modality: str, item: list[int], ids: dict[str, int
     return [start, *[pad] * (frames * per_frame), end]
 
 
-def _llava(rows: list[list[int]], g: torch.Generator, channels: int) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+def _llava(
+    rows: list[list[int]], g: torch.Generator, channels: int = 3, side: int = 56
+) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     n = sum(map(len, rows))
-    return [[16]] * n, {"pixel_values": torch.randn(n, channels, 56, 56, generator=g)}
+    return [[16]] * n, {"pixel_values": torch.randn(n, channels, side, side, generator=g)}
 
 
 def _onevision(

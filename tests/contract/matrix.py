@@ -172,6 +172,9 @@ ANCHOR_CELLS: tuple[Cell, ...] = (("llava", "image"), ("qwen3_vl", "image"), ("s
 TILED: tuple[Cell, ...] = tuple((family, "image") for family in ONEVISION)
 """Where an image may be several grids in one item."""
 
+PATCHWISE = (*LLAMA, "paligemma")
+"""Families whose projector maps every patch by itself."""
+
 DYNAMIC = ("qwen2_5_vl", "qwen3_vl")
 """Families whose number of visual tokens follows the size of the image."""
 
@@ -180,7 +183,7 @@ def refused(name: str, cell: Cell) -> str | None:
     """Why a pair cannot be attached, in words that the error must contain; None where it can."""
     if "prepare" in COMPRESSORS[name].sites and cell[0] in DYNAMIC:
         return "before the processor"
-    if COMPRESSORS[name].patchwise_projector and cell[0] not in LLAMA:
+    if COMPRESSORS[name].patchwise_projector and cell[0] not in PATCHWISE:
         return "maps every patch by itself"
     if "vision_layer" in COMPRESSORS[name].sites and cell[0] == "openvla":
         return "joins what two towers make"

@@ -14,7 +14,7 @@ from mmtoken.compressors import Compressor, Context
 from mmtoken.engine.report import Report
 from mmtoken.tokens import VisualTokens
 from tests import oracle
-from tests.backbones.tiny_models import LLAMA, visual_mask
+from tests.backbones.tiny_models import GEMMA, LLAMA, visual_mask
 
 KeepPerLayer = Mapping[int, Tensor]
 
@@ -274,7 +274,7 @@ def alone(model: nn.Module, cell: tuple[str, str], inputs: oracle.Inputs, row: i
     real = inputs["attention_mask"][row].bool()
     single = {
         name: inputs[name][row : row + 1, real]
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
         if name in inputs
     }
     visual = visual_mask(model, inputs)
@@ -307,7 +307,7 @@ def _items(cell: tuple[str, str], inputs: oracle.Inputs, visual: Tensor, row: in
     if "batch_num_images" in inputs:
         numbers = iter(inputs["batch_num_images"].tolist())
         per_row = [next(numbers) if n else 0 for n in counts]
-    elif cell[0] in LLAMA:
+    elif cell[0] in (*LLAMA, *GEMMA):
         per_row = [n // 16 for n in counts]
     elif cell == ("llava_onevision", "video"):
         per_row = [n // 17 for n in counts]

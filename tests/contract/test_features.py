@@ -18,7 +18,7 @@ from torch import Tensor
 from mmtoken.compressors import EVS, CDPruner, DyCoke, HoloV, PruMerge, STCPruner, VidCom2, VisPruner
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, LLAMA, visual_mask
+from tests.backbones.tiny_models import CELLS, GEMMA, visual_mask
 from tests.compressors import (
     test_cdpruner,
     test_dycoke,
@@ -29,7 +29,7 @@ from tests.compressors import (
     test_vidcom2,
     test_vispruner,
 )
-from tests.contract.matrix import COMPRESSORS, Cell, batch, logits, pairs, protected, tiny
+from tests.contract.matrix import COMPRESSORS, PATCHWISE, Cell, batch, logits, pairs, protected, tiny
 from tests.contract.test_merging import (
     IDEFICS,
     ZIPPED,
@@ -40,6 +40,7 @@ from tests.contract.test_merging import (
     projected,
     report_of,
     tower_facts,
+    unit_of,
 )
 from tests.contract.test_selections import GAP, count_of, steps_of
 
@@ -80,7 +81,7 @@ def facts(
     inputs, separators = batch(cell, case, seed), protected(cell, case, seed)
     embeds = projected(cell, case, seed)
     attention, keys = tower(cell, case, seed)
-    patches = _clip_patches(cell, case, seed) if cell[0] in LLAMA else None
+    patches = _clip_patches(cell, case, seed) if cell[0] in PATCHWISE else None
     text = inputs["attention_mask"].bool() & ~visual_mask(tiny(cell[0]), inputs)
     found, start = [], 0
     for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
@@ -246,7 +247,7 @@ def last_block(cell: Cell, case: str, seed: int) -> tuple[Tensor, Tensor]:
     if family == "llava":
         return weights[:, 0, 1:].flatten(), key[:, 1:].flatten(0, 1)
     received = (weights * real[..., None]).sum(1) / real.sum(-1, keepdim=True)
-    unit = model.config.scale_factor
+    unit = unit_of(model)
     side = math.isqrt(received.shape[1])
     squares = [
         [(y + dy) * side + x + dx for dy in range(unit) for dx in range(unit)]
@@ -282,13 +283,13 @@ def merged(
 
 @pairs(
     ["prumerge", "prumerge-plus", "prumerge-fixed", "prumerge-fixed-plus"],
-    [cell for cell in CELLS if cell[0] in ("llava", *IDEFICS)],
+    [cell for cell in CELLS if cell[0] in ("llava", *IDEFICS, *GEMMA)],
 )
 @pytest.mark.parametrize("case", CASES)
 def test_prumerge_keeps_and_merges_what_its_formulas_say(name: str, cell: Cell, case: str) -> None:
     report, items, wanted = merged(name, cell, case)
     assert report.tokens is not None
-    project = tiny(cell[0]).base_model.multi_modal_projector if cell[0] == "llava" else lambda value: value
+    project = tiny(cell[0]).base_model.multi_modal_projector if cell[0] in PATCHWISE else lambda value: value
     for number, (item, (found, _)) in enumerate(zip(items, wanted, strict=True)):
         with torch.no_grad():
             want = {item.indices[i]: project(value.float()) for i, (value, _) in found.items()}

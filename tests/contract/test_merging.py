@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, LLAMA
+from tests.backbones.tiny_models import CELLS
 from tests.contract.matrix import (
     COMPRESSORS,
+    PATCHWISE,
     TILED,
     Cell,
     assert_close,
@@ -30,6 +31,15 @@ from tests.contract.test_selections import GAP, best, count_of, steps_of
 
 IDEFICS = ("smolvlm", "idefics3")
 QWEN = ("qwen2_5_vl", "qwen3_vl")
+
+
+def unit_of(model: nn.Module) -> int:
+    """Side of the square of patches that become one token."""
+    config = model.config
+    if config.model_type == "gemma3":
+        vision = config.vision_config
+        return vision.image_size // vision.patch_size // math.isqrt(config.mm_tokens_per_image)
+    return getattr(config, "scale_factor", 1)
 
 
 def report_of(name: str, cell: Cell, case: str, seed: int = 1) -> Report:
@@ -143,7 +153,7 @@ def tower_facts(cell: Cell, case: str, seed: int = 1) -> tuple[Tensor, Tensor]:
         pooled = nn.functional.pad(pooled.reshape(-1, 2, pooled.shape[-1]), (0, 0, 0, 1)).flatten(0, 1)
         return pooled[:, 0], pooled[:, 1:]
     side = math.isqrt(received.shape[1])
-    unit = model.config.scale_factor
+    unit = unit_of(model)
     squares = [
         [(y + dy) * side + x + dx for dy in range(unit) for dx in range(unit)]
         for y in range(0, side, unit)
@@ -230,7 +240,7 @@ def zipped(name: str, cell: Cell, case: str, seed: int, report: Report) -> tuple
     separators = protected(cell, case, seed)
     attention, keys = tower_facts(cell, case, seed)
     embeds = projected(cell, case, seed)
-    patches = _clip_patches(cell, case, seed) if family in LLAMA else None
+    patches = _clip_patches(cell, case, seed) if family in PATCHWISE else None
     start, gap = 0, math.inf
     left = []
     for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
@@ -277,12 +287,13 @@ def test_visionzip_keeps_and_merges_what_its_formulas_say(name: str, cell: Cell,
 
 @torch.no_grad()
 def _clip_patches(cell: Cell, case: str, seed: int = 1) -> Tensor:
-    """float[images * patches, D]: what the projector of the unmodified LLaVA or OpenVLA gets."""
+    """float[images * patches, D]: what the projector of the unmodified model gets, where it projects patch by patch."""
     if cell[0] == "openvla":
         return tiny(cell[0]).vision_backbone(batch(cell, case, seed)["pixel_values"]).flatten(0, 1)
     tower = tiny(cell[0]).base_model.vision_tower
-    states = tower(batch(cell, case, seed)["pixel_values"], output_hidden_states=True).hidden_states
-    return states[-2][:, 1:].flatten(0, 1)
+    output = tower(batch(cell, case, seed)["pixel_values"], output_hidden_states=True)
+    states = output.hidden_states[-2][:, 1:] if cell[0] == "llava" else output.last_hidden_state
+    return states.flatten(0, 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- ToMe
@@ -327,7 +338,7 @@ def test_tome_merges_between_blocks_as_its_formulas_say(name: str, cell: Cell) -
     tower = model.base_model.vision_model if family in IDEFICS else model.base_model.vision_tower
     blocks = list(tower.encoder.layers)[: -1 if family == "llava" else None]
     prefix = 1 if family == "llava" else 0
-    unit = model.config.scale_factor if family in IDEFICS else 1
+    unit = unit_of(model)
     entered: list[tuple[Tensor, Any]] = []
     left: list[Tensor] = []
     keys: list[Tensor] = []

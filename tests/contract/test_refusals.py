@@ -67,20 +67,10 @@ def test_an_input_that_cannot_work_is_refused_when_it_comes(name: str, cell: Cel
     assert oracle.hook_count(model) == 0
 
 
-def sliding(kind: str) -> tf.PreTrainedModel:
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "sliding_window": 8,
-    }
-    if kind == "mistral":
-        return tf.MistralForCausalLM(tf.MistralConfig(**shape)).eval()
-    config = tf.Qwen2Config(**shape, use_sliding_window=True, max_window_layers=2)
-    return tf.Qwen2ForCausalLM(config).eval()
+def chunked() -> tf.PreTrainedModel:
+    model = build("llama")
+    model.config.attention_chunk_size = 8  # the cache of such a decoder is that of a sliding window
+    return model
 
 
 def with_attention(name: str) -> tf.PreTrainedModel:
@@ -106,8 +96,7 @@ ATTACH: dict[str, tuple[Callable[[], Any], Any, str]] = {
         "flash_attention_2.*'sdpa' or 'eager'",
     ),
     "flex attention": (lambda: with_attention("flex_attention"), FastV(), "flex_attention.*'sdpa' or 'eager'"),
-    "sliding windows in all layers": (lambda: sliding("mistral"), DivPrune(), "layer 0 .*SlidingWindow"),
-    "sliding windows in some layers": (lambda: sliding("qwen2"), FastV(), "layer 2 .*SlidingWindow"),
+    "attention in chunks": (chunked, DivPrune(), "layer 0 .*SlidingWindow"),
     "an unknown family": (
         lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8)),
         DivPrune(),
@@ -171,16 +160,9 @@ def offloaded(family: str) -> cache_utils.Cache:
     return cache
 
 
-def sliding_cache(family: str) -> cache_utils.Cache:
-    cache = dynamic_cache(family)
-    cache.layers[1] = cache_utils.DynamicSlidingWindowLayer(sliding_window=8)
-    return cache
-
-
 CACHES = {
     "quantised": (quantised, "RoundedLayer, which cannot be compressed"),
     "offloaded": (offloaded, "offloads its layers"),
-    "sliding windows": (sliding_cache, "SlidingWindowLayer, which cannot be compressed"),
 }
 
 

@@ -493,7 +493,7 @@ def test_a_static_cache_is_refused(drop: Any) -> None:
         oracle.generate_with_logits(model, inputs, cache_implementation="static")
 
 
-@pytest.mark.parametrize("kind", ["quantised", "offloaded", "sliding windows"])
+@pytest.mark.parametrize("kind", ["quantised", "offloaded"])
 def test_other_caches_are_refused(kind: str) -> None:
     from tests.contract.test_refusals import CACHES
 
