@@ -70,6 +70,8 @@ class DecoderHooks:
             undo.callback(handle.remove)
 
         root, decoder = self.backbone.root, self.decoder
+        if decoder.config._attn_implementation == "flex_attention":
+            attention.tap(decoder, undo)  # masks are made and cut in the form that sdpa takes
         if self.separate_root:
             keep(root.register_forward_pre_hook(self._root_pre, with_kwargs=True))
             keep(root.register_forward_hook(self._root_post, always_call=True))

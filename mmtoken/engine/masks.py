@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
-from mmtoken.engine import gather
+from mmtoken.engine import attention, gather
 from mmtoken.engine.cache import LogicalLayer, logical_layer
 from mmtoken.engine.compat import CACHE
 from mmtoken.engine.prefill import Cut, Prefill
@@ -125,19 +125,19 @@ def hide_per_head(decoder: Any, hidden: Tensor, length: int, mask: Tensor | None
 
 
 def full_attention(given: Any) -> Any:
-    """The mask of full-attention layers, where the caller hands in one per layer type.
+    """The mask of full-attention layers, where the caller hands in one per layer type; never a `BlockMask`.
 
     Raises:
         UnsupportedError: the model has layers of other types.
     """
     if not isinstance(given, dict):
-        return given
+        return attention.dense(given)
     if set(given) != {"full_attention"}:
         raise UnsupportedError(
             f"attention_mask has entries for {sorted(given)}; only models whose layers all attend fully can be "
             "compressed."
         )
-    return given["full_attention"]
+    return attention.dense(given["full_attention"])
 
 
 def like(given: Any, mask: Tensor | None) -> Any:

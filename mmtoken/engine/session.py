@@ -38,7 +38,7 @@ from mmtoken.kernels.dispatch import ran_since
 from mmtoken.tokens import VisualTokens
 
 _ATTACHED = "_mmtoken_session"
-_ATTENTIONS = ("sdpa", "eager")
+_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 
 MAX_REPORTS = 1000
 """Most reports that a session holds; each has indices and scores of every visual token."""
@@ -134,6 +134,7 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             f"{name} drops patches between blocks of a tower, and {backbone.name} joins what two towers make of "
             "the same patches; use a method that acts after the towers."
         )
+    _check_tower_attention(backbone, method)
     if decoder is None:
         if method.sites & {"llm_layer", "frames", "cache"}:
             raise UnsupportedError(f"{name} acts inside or before a whole model, and this is a {backbone.name}.")
@@ -154,11 +155,7 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
     method.score_layers(len(decoder.layers))
     method.watched_layers(len(decoder.layers))
     method.recording(len(decoder.layers))
-    implementation = decoder.config._attn_implementation
-    if implementation not in _ATTENTIONS:
-        raise UnsupportedError(
-            f"attn_implementation={implementation!r} is not supported; load the model with 'sdpa' or 'eager'."
-        )
+    _check_attention(method, decoder.config._attn_implementation)
     check_decoder(decoder.config)
     if "cache" in method.sites:
         if method.recording(len(decoder.layers)) is not None:
@@ -168,6 +165,33 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             )
         for number, layer in enumerate(decoder.layers):
             query_module(layer.self_attn, number)
+
+
+def _check_attention(method: Compressor, implementation: str) -> None:
+    """Refuse attention of a decoder whose masks are not known to be right: an unknown name would get none at all."""
+    if implementation not in _ATTENTIONS:
+        why = "reads no mask per query, as what is left of a prompt needs" if "flash" in implementation else "is unknown"
+        raise UnsupportedError(
+            f"attn_implementation={implementation!r} {why}; load the model with 'sdpa', 'eager' or 'flex_attention'."
+        )
+    if implementation == "flex_attention" and method.calibrates():
+        raise UnsupportedError(
+            f"{type(method).__name__} adds log(size) to attention scores, which masks of attn_implementation="
+            "'flex_attention' cannot; load the model with 'sdpa' or 'eager'."
+        )
+
+
+def _check_tower_attention(backbone: Backbone, method: Compressor) -> None:
+    """Refuse to act inside a tower of which no mask could hide padding or weigh merged patches."""
+    tower = backbone.tower()
+    if tower is None or tower.packed or not method.sites & {"vision_layer", "refresh"}:
+        return
+    implementation = tower.module.config._attn_implementation  # type: ignore[union-attr]
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedError(
+            f"attn_implementation={implementation!r} of the vision tower is not supported by {type(method).__name__}, "
+            "which acts inside it; load the model with attn_implementation={'vision_config': 'sdpa'}."
+        )
 
 
 def _check_reuse(backbone: Backbone, method: Compressor) -> None:

@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 
 from mmtoken.backbones.base import Tower
 from mmtoken.compressors.base import TowerStates
+from mmtoken.engine.attention import dense
 from mmtoken.errors import UnsupportedError
 from mmtoken.kernels.attention_rows import attention_rows
 from mmtoken.tokens import VisualTokens
@@ -174,7 +175,7 @@ class DenseRun(TowerRun):
         self.real: Tensor | None = None
 
     def record(self, kwargs: dict[str, Any]) -> BlockCall:
-        return BlockCall(mask=kwargs.get("attention_mask"), back=self.back, real=self.real)
+        return BlockCall(mask=dense(kwargs.get("attention_mask")), back=self.back, real=self.real)
 
     def units(self, hidden: Tensor) -> VisualTokens:
         body = hidden[:, self.tower.prefix :]
