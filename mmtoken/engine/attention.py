@@ -75,7 +75,8 @@ def _block_mask(mask: Tensor | BlockMask | None, queries: int, keys: int, device
     """What flex attention takes instead of a mask of sdpa; None means causal there and "sees all" here.
 
     Args:
-        mask: bool[B or 1, H or 1, q, k], or None for causal attention of the last queries.
+        mask: bool[B or 1, H or 1, q, k]; None: causal attention of as many queries as keys, or one query that sees
+            all.
         queries, keys: q and k.
         device: where the attention runs.
     """
@@ -90,23 +91,28 @@ def _block_mask(mask: Tensor | BlockMask | None, queries: int, keys: int, device
     memo: dict[tuple[int, int, int], tuple[Tensor | None, BlockMask]] = _listening.__dict__.setdefault("blocks", {})
     entry = (id(mask), queries, keys)
     if entry not in memo:
-        past = keys - queries
-
-        def causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return query + past >= key
-
-        def given(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            assert mask is not None
-            return mask[row, head, query, key]
-
-        def given_to_all_heads(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            assert mask is not None
-            return mask[row, 0, query, key]
-
         rows, heads = (None, None) if mask is None else (mask.shape[0], mask.shape[1] if mask.shape[1] > 1 else None)
-        seen = causal if mask is None else given_to_all_heads if heads is None else given
-        memo[entry] = (mask, create_block_mask(seen, rows, heads, queries, keys, device))  # type: ignore[arg-type]
+        seen = (_all if queries == 1 else _causal) if mask is None else _given(mask if heads else mask[:, 0])
+        memo[entry] = (mask, create_block_mask(seen, rows, heads, queries, keys, device))
     return memo[entry][1]
+
+
+# What a `BlockMask` is made of: whether a query sees a key, for indices of any shape.
+
+
+def _all(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return key >= 0
+
+
+def _causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+def _given(mask: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The same from bool[B, q, k] or bool[B, H, q, k]."""
+    if mask.ndim == 3:
+        return lambda row, head, query, key: mask[row, query, key]
+    return lambda row, head, query, key: mask[row, head, query, key]
 
 
 def dense(mask: Any) -> Any:
@@ -202,6 +208,9 @@ def tapped_copy(module: Any, *, values: bool = True) -> Any:
             and reads queries and keys only.
     """
     tapped = copy.copy(module)
+    # accelerate moves weights in a forward of the instance, which would run the module itself; what holds the weights
+    # moves them as well.
+    tapped.__dict__.pop("forward", None)
     tapped.config = copy.copy(module.config)
     tapped.config._attn_implementation = TAPPED_SDPA
     left_out = ("o_proj",) if values else ("v_proj", "o_proj")

@@ -12,11 +12,10 @@ from typing import Any, Literal, get_args
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from mmtoken.backbones.base import Backbone
-from mmtoken.backbones.registry import adapt
+from mmtoken.backbones.registry import adapt, unwrapped
 from mmtoken.compressors.base import STREAM_SITES, Compressor, Context
 from mmtoken.compressors.registry import resolve
 from mmtoken.compressors.trained import Trained, settings_of
@@ -55,6 +54,7 @@ class ThreadState(threading.local):
     Attributes:
         encoder: the `get_*_features` call in progress.
         made: outputs of encoders that are still in use, per modality.
+        carried: what outputs of encoders carried when they were handed to the model's forward in progress.
         encoded: what encoders left behind for the forward in progress, per modality.
         visual: bool[B, L] visual positions of the forward in progress, per modality.
         input_ids: int[B, L] of that forward.
@@ -73,6 +73,7 @@ class ThreadState(threading.local):
 
     made: WeakValueDictionary[str, Any]
     encoder: EncoderCall | None = None
+    carried: dict[str, Encoded]
     encoded: dict[str, Encoded] | None = None
     visual: dict[str, Tensor] | None = None
     input_ids: Tensor | None = None
@@ -91,11 +92,12 @@ class ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.made = WeakValueDictionary()
+        self.carried = {}
         self.ran = Counter()
 
 
 def check(
-    model: PreTrainedModel, compressor: Compressor | Trained | str | dict[str, Any], *, visual: Tensor | None = None
+    model: nn.Module, compressor: Compressor | Trained | str | dict[str, Any], *, visual: Tensor | None = None
 ) -> None:
     """Do nothing if `compressor` can be attached to `model`.
 
@@ -170,7 +172,7 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
 def _check_attention(method: Compressor, implementation: str) -> None:
     """Refuse attention of a decoder whose masks are not known to be right: an unknown name would get none at all."""
     if implementation not in _ATTENTIONS:
-        why = "reads no mask per query, as what is left of a prompt needs" if "flash" in implementation else "is unknown"
+        why = "takes no mask per query, which cuts of a prompt need" if "flash" in implementation else "is unknown"
         raise UnsupportedError(
             f"attn_implementation={implementation!r} {why}; load the model with 'sdpa', 'eager' or 'flex_attention'."
         )
@@ -220,7 +222,8 @@ class Session(AbstractContextManager["Session"]):
     (`attached(model)` finds it again). A model may run in several threads; each sees its own `report`.
 
     Attributes:
-        model, visual, mode: as handed in.
+        model: the transformers model, without a wrapper that was handed in.
+        visual, mode: as handed in.
         compressor: the settings of what was handed in.
         trained: the compressor with its learned parts, None if it has none.
         backbone: the model's adapter.
@@ -233,15 +236,15 @@ class Session(AbstractContextManager["Session"]):
     """
 
     def __init__(
-        self, model: PreTrainedModel, compressor: Compressor | Trained, visual: Tensor | None, mode: Mode = "drop"
+        self, model: nn.Module, compressor: Compressor | Trained, visual: Tensor | None, mode: Mode = "drop"
     ) -> None:
         if mode not in get_args(Mode):
             raise MMTokenError(f"mode={mode!r} is unknown; use 'drop' or 'mask'.")
-        self.model = model
         self.mode = mode
         self.compressor = settings_of(compressor)
         self.trained = compressor if isinstance(compressor, Trained) else None
         self.backbone = adapt(model)
+        self.model = self.backbone.model
         if any(_ATTACHED in module.__dict__ for module in self._parts()):
             raise MMTokenError(
                 "model already has a compressor attached; detach it first (the session that attach() returned, or "
@@ -397,14 +400,14 @@ class Session(AbstractContextManager["Session"]):
         self.thread.latest = report
 
 
-def attached(model: PreTrainedModel) -> Session | None:
+def attached(model: nn.Module) -> Session | None:
     """The session of a model that has a compressor attached, None for a plain model."""
-    session: Session | None = model.__dict__.get(_ATTACHED)
+    session: Session | None = unwrapped(model).__dict__.get(_ATTACHED)
     return session
 
 
 def attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     compressor: Compressor | Trained | str | dict[str, Any],
     *,
     visual: Tensor | None = None,
@@ -413,7 +416,7 @@ def attach(
     """Attach a compressor to a model until `.detach()`.
 
     Args:
-        model: a transformers VLM with an adapter, or a bare decoder or tower.
+        model: a transformers VLM with an adapter, or a bare decoder or tower; also inside peft's or DDP's wrapper.
         compressor: an instance, a name ("fastv"), or {"class_path": ..., "init_args": {...}}; one with learned parts
             comes as a `Trained`, which `learnable` makes.
         visual: bool[B, L] marks visual positions of the prompt; needed for bare decoders only.
@@ -430,7 +433,7 @@ def attach(
 
 
 def compress(
-    model: PreTrainedModel,
+    model: nn.Module,
     compressor: Compressor | Trained | str | dict[str, Any],
     *,
     visual: Tensor | None = None,

@@ -172,7 +172,7 @@ def test_weights_of_merged_tokens_are_refused() -> None:
 def test_acting_inside_a_tower_needs_another_attention_there(name: str) -> None:
     model = build("llava", FLEX)
     batch = inputs(model, "llava", "image", "padded_ragged")
-    with pytest.raises(UnsupportedError, match="of the vision tower .*'vision_config': 'sdpa'"):
+    with pytest.raises(UnsupportedError, match=r"of the vision tower .*'vision_config': 'sdpa'"):
         mmtoken.attach(model, {"class_path": name, "init_args": {"keep": 0.6}})
     model.set_attn_implementation({"vision_config": "sdpa"})
     found = []
