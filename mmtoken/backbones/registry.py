@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from mmtoken.backbones.bare import BareDecoder, BareTower
@@ -43,12 +45,32 @@ HOLDERS = {
 """Classes around a tower, by their full names, and their attribute that holds it."""
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel or peft's wrapper, both of which hand every call on to it.
+
+    Raises:
+        UnsupportedError: peft puts virtual tokens in front of its prompts (prompt and prefix tuning).
+    """
+    if isinstance(model, DistributedDataParallel):
+        return unwrapped(model.module)
+    peft: Any = sys.modules.get("peft")
+    if peft is None or not isinstance(model, peft.PeftModel):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise UnsupportedError(
+            f"peft_type={model.active_peft_config.peft_type.value!r} puts virtual tokens in front of prompts, where "
+            "places of visual tokens no longer hold; use an adapter of the weights, such as LoRA."
+        )
+    return unwrapped(model.get_base_model())
+
+
 def adapt(model: nn.Module) -> Backbone:
     """The adapter for `model`.
 
     Raises:
         UnsupportedError: no adapter serves this `config.model_type`, or this class from outside transformers.
     """
+    model = unwrapped(model)
     if isinstance(model, PreTrainedModel):
         return check_model_type(model.config.model_type)(model)
     module: Any = model

@@ -71,6 +71,11 @@ class DecoderHooks:
             undo.callback(handle.remove)
 
         root, decoder = self.backbone.root, self.decoder
+        if decoder.config._attn_implementation == "flex_attention":
+            attention.tap(decoder, undo)  # masks are made and cut in the form that sdpa takes
+        if self.session.model is not root:
+            keep(self.session.model.register_forward_pre_hook(self._model_pre, with_kwargs=True))
+            keep(self.session.model.register_forward_hook(self._model_post, always_call=True))
         if self.separate_root:
             keep(root.register_forward_pre_hook(self._root_pre, with_kwargs=True))
             keep(root.register_forward_hook(self._root_post, always_call=True))
@@ -106,6 +111,13 @@ class DecoderHooks:
 
     # --- where visual tokens are ------------------------------------------------------------------------------------
 
+    def _model_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """accelerate copies outputs of encoders on their way into a forward, without what they carry."""
+        self.thread.carried = encoded_by(kwargs.get("mm_encoder_outputs") or {})
+
+    def _model_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.thread.carried = {}
+
     def _root_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.thread
         bound = self.signature.bind_partial(module, *args, **kwargs).arguments
@@ -115,7 +127,7 @@ class DecoderHooks:
         # Without pixels or features there are no visual tokens, even if a generated id equals the placeholder's.
         if not outputs and all(call.get(name) is None for name in _PIXELS):
             return
-        state.encoded = encoded_by(outputs, state.made)
+        state.encoded = encoded_by(outputs, state.made, state.carried)
         state.input_ids = ids = call.get("input_ids")
         state.visual = placeholders(self.session, ids, call.get("inputs_embeds"))
         for modality in self.backbone.modalities:

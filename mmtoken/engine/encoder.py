@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -104,23 +104,28 @@ def _frame_contexts(session: Session, given: dict[str, Any], clips: list[Tensor]
     return contexts
 
 
-def encoded_by(outputs: Any, made: Collection[str] = ()) -> dict[str, Encoded]:
+def encoded_by(
+    outputs: Any, made: Collection[str] = (), carried: Mapping[str, Encoded] | None = None
+) -> dict[str, Encoded]:
     """What the encoders left behind in their outputs, per modality; outputs of others are passed over.
 
     Args:
         outputs: per modality.
         made: modalities that this session has encoded for a call that is still running.
+        carried: what they had left behind in outputs that were copied since.
 
     Raises:
         UnsupportedError: instead of a whole output of this session, a part of it came.
     """
+    records = {name: getattr(output, _RECORD) for name, output in outputs.items() if hasattr(output, _RECORD)}
+    records = {name: record for name, record in (carried or {}).items() if name in outputs} | records
     for name in outputs:
-        if name in made and not hasattr(outputs[name], _RECORD):
+        if name in made and name not in records:
             raise UnsupportedError(
                 f"the {name} features come in parts, but a compressor must see all visual tokens of a prompt at once; "
                 "leave prefill_chunk_size unset, or use compress_inputs()."
             )
-    return {name: getattr(output, _RECORD) for name, output in outputs.items() if hasattr(output, _RECORD)}
+    return records
 
 
 def forget(output: Any) -> None:

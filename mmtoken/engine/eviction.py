@@ -64,11 +64,7 @@ class Eviction:
         """Set everything; `undo` takes it away."""
         if not self.acts:
             return
-        attention.register()
-        if self.decoder.config._attn_implementation == "sdpa":
-            private = attention.PrivateConfig(self.decoder)
-            undo.callback(private.restore)
-            private.config._attn_implementation = attention.TAPPED_SDPA
+        attention.tap(self.decoder, undo)
         for number, layer in enumerate(self.decoder.layers):
             module = layer.self_attn
             last = query_module(module, number)

@@ -55,10 +55,8 @@ class Listening:
         if not _ATTENTION_NEEDS & self.compressor.needs:
             return
         attention.register()
-        if self.read and self.decoder.config._attn_implementation == "sdpa":
-            private = attention.PrivateConfig(self.decoder)
-            undo.callback(private.restore)
-            private.config._attn_implementation = attention.TAPPED_SDPA
+        if self.read and self.decoder.config._attn_implementation != "eager":
+            attention.tap(self.decoder, undo)
             self.tapped = {id(self.decoder.layers[number].self_attn): number for number in self.read}
 
     def begin(self, call: Prefill) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from mmtoken.engine import gather
+from mmtoken.engine import attention, gather
 from mmtoken.engine.cache import FULL, SLIDING, LogicalLayer, logical_layer
 from mmtoken.engine.compat import CACHE
 from mmtoken.engine.prefill import Cut, Prefill
@@ -39,6 +39,7 @@ def dense_masks(
     if positions is not None and positions.ndim == 3:
         # M-RoPE: the text positions come first, if they come at all.
         positions = positions[0] if positions.shape[0] == 4 else None
+    given = attention.dense(given)
     found: dict[str, Tensor | None] = {}
     for kind in set(kinds):
         if isinstance(given, dict):
@@ -46,7 +47,7 @@ def dense_masks(
                 raise UnsupportedError(
                     f"attention_mask has entries for {sorted(given)}, but the model has layers of kind {kind!r}."
                 )
-            mask = given[kind]
+            mask = attention.dense(given[kind])
         else:
             make: Any = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask
             mask = make(
@@ -182,6 +183,7 @@ def real_tokens(given: Any, everything: Tensor, past: int) -> Tensor:
                 "the window; pass a two-dimensional attention_mask."
             )
         given = given[FULL]
+    given = attention.dense(given)
     rows, length = everything.shape
     if not isinstance(given, Tensor):
         return everything

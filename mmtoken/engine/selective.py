@@ -84,8 +84,9 @@ class ReuseHooks:
                 undo.callback(module.register_forward_hook(functools.partial(self._note, name)).remove)
             # Hooks change what goes into a block and what comes out of it, but cannot keep it from running.
             held = block.__dict__.get("forward")
-            object.__setattr__(block, "forward", functools.partial(self._forward, number, block, block.forward))
-            undo.callback(_put_back, block, held)
+            ours = functools.partial(self._forward, number, block, block.forward)
+            object.__setattr__(block, "forward", ours)
+            undo.callback(_put_back, block, ours, held)
 
     # --- the call of the tower --------------------------------------------------------------------------------------
 
@@ -412,7 +413,9 @@ def _shape(tower: Tower) -> TowerShape:
     return TowerShape(width, sum(part.in_features * part.out_features for part in linears))
 
 
-def _put_back(block: nn.Module, held: Any) -> None:
+def _put_back(block: nn.Module, ours: Any, held: Any) -> None:
+    if block.__dict__.get("forward") is not ours:
+        return  # another library has wrapped it since, and without the hooks on the tower it does nothing
     block.__dict__.pop("forward", None)
     if held is not None:
         object.__setattr__(block, "forward", held)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtoken.backbones.base import Backbone
-from mmtoken.backbones.registry import adapt
+from mmtoken.backbones.registry import adapt, unwrapped
 from mmtoken.compressors.base import STREAM_SITES, Compressor, Context
 from mmtoken.compressors.registry import resolve
 from mmtoken.compressors.trained import Trained, settings_of
@@ -37,7 +37,7 @@ from mmtoken.kernels.dispatch import ran_since
 from mmtoken.tokens import VisualTokens
 
 _ATTACHED = "_mmtoken_session"
-_ATTENTIONS = ("sdpa", "eager")
+_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 
 MAX_REPORTS = 1000
 """Most reports that a session holds; each has indices and scores of every visual token."""
@@ -54,6 +54,7 @@ class ThreadState(threading.local):
     Attributes:
         encoder: the `get_*_features` call in progress.
         made: outputs of encoders that are still in use, per modality.
+        carried: what outputs of encoders carried when they were handed to the model's forward in progress.
         encoded: what encoders left behind for the forward in progress, per modality.
         visual: bool[B, L] visual positions of the forward in progress, per modality.
         input_ids: int[B, L] of that forward.
@@ -74,6 +75,7 @@ class ThreadState(threading.local):
 
     made: WeakValueDictionary[str, Any]
     encoder: EncoderCall | None = None
+    carried: dict[str, Encoded]
     encoded: dict[str, Encoded] | None = None
     visual: dict[str, Tensor] | None = None
     input_ids: Tensor | None = None
@@ -93,6 +95,7 @@ class ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.made = WeakValueDictionary()
+        self.carried = {}
         self.ran = Counter()
 
 
@@ -142,6 +145,7 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             f"{name} drops patches between blocks of a tower, and {backbone.name} joins what two towers make of "
             "the same patches; use a method that acts after the towers."
         )
+    _check_tower_attention(backbone, method)
     if decoder is None:
         if method.sites & {"llm_layer", "frames", "cache"}:
             raise UnsupportedError(f"{name} acts inside or before a whole model, and this is a {backbone.name}.")
@@ -162,11 +166,7 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
     method.score_layers(len(decoder.layers))
     method.watched_layers(len(decoder.layers))
     method.recording(len(decoder.layers))
-    implementation = decoder.config._attn_implementation
-    if implementation not in _ATTENTIONS:
-        raise UnsupportedError(
-            f"attn_implementation={implementation!r} is not supported; load the model with 'sdpa' or 'eager'."
-        )
+    _check_attention(method, decoder.config._attn_implementation)
     attention_kinds(decoder.config)
     if "cache" in method.sites:
         if method.recording(len(decoder.layers)) is not None:
@@ -176,6 +176,33 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             )
         for number, layer in enumerate(decoder.layers):
             query_module(layer.self_attn, number)
+
+
+def _check_attention(method: Compressor, implementation: str) -> None:
+    """Refuse attention of a decoder whose masks are not known to be right: an unknown name would get none at all."""
+    if implementation not in _ATTENTIONS:
+        why = "takes no mask per query, which cuts of a prompt need" if "flash" in implementation else "is unknown"
+        raise UnsupportedError(
+            f"attn_implementation={implementation!r} {why}; load the model with 'sdpa', 'eager' or 'flex_attention'."
+        )
+    if implementation == "flex_attention" and method.calibrates():
+        raise UnsupportedError(
+            f"{type(method).__name__} adds log(size) to attention scores, which masks of attn_implementation="
+            "'flex_attention' cannot; load the model with 'sdpa' or 'eager'."
+        )
+
+
+def _check_tower_attention(backbone: Backbone, method: Compressor) -> None:
+    """Refuse to act inside a tower of which no mask could hide padding or weigh merged patches."""
+    tower = backbone.tower()
+    if tower is None or tower.packed or not method.sites & {"vision_layer", "refresh"}:
+        return
+    implementation = tower.module.config._attn_implementation  # type: ignore[union-attr]
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedError(
+            f"attn_implementation={implementation!r} of the vision tower is not supported by {type(method).__name__}, "
+            "which acts inside it; load the model with attn_implementation={'vision_config': 'sdpa'}."
+        )
 
 
 def _check_reuse(backbone: Backbone, method: Compressor) -> None:
@@ -210,7 +237,8 @@ class Session(AbstractContextManager["Session"]):
     (`attached(model)` finds it again). A model may run in several threads; each sees its own `report`.
 
     Attributes:
-        model, visual, mode: as handed in.
+        model: as handed in, without the wrapper of peft or DDP.
+        visual, mode: as handed in.
         compressor: the settings of what was handed in.
         trained: the compressor with its learned parts, None if it has none.
         backbone: the model's adapter.
@@ -227,11 +255,11 @@ class Session(AbstractContextManager["Session"]):
     ) -> None:
         if mode not in get_args(Mode):
             raise MMTokenError(f"mode={mode!r} is unknown; use 'drop' or 'mask'.")
-        self.model: Any = model
+        self.model: Any = unwrapped(model)
         self.mode = mode
         self.compressor = settings_of(compressor)
         self.trained = compressor if isinstance(compressor, Trained) else None
-        self.backbone = adapt(model)
+        self.backbone = adapt(self.model)
         if any(_ATTACHED in module.__dict__ for module in self._parts()):
             raise MMTokenError(
                 "model already has a compressor attached; detach it first (the session that attach() returned, or "
@@ -401,7 +429,7 @@ class Session(AbstractContextManager["Session"]):
 
 def attached(model: nn.Module) -> Session | None:
     """The session of a model that has a compressor attached, None for a plain model."""
-    session: Session | None = model.__dict__.get(_ATTACHED)
+    session: Session | None = unwrapped(model).__dict__.get(_ATTACHED)
     return session
 
 
@@ -415,7 +443,8 @@ def attach(
     """Attach a compressor to a model until `.detach()`.
 
     Args:
-        model: a transformers VLM with an adapter, a bare decoder or tower, or a tower of timm or open_clip.
+        model: a transformers VLM with an adapter, a bare decoder or tower, or a tower of timm or open_clip; also inside
+            peft's or DDP's wrapper.
         compressor: an instance, a name ("fastv"), or {"class_path": ..., "init_args": {...}}; one with learned parts
             comes as a `Trained`, which `learnable` makes.
         visual: bool[B, L] marks visual positions of the prompt; needed for bare decoders only.

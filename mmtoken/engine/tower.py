@@ -21,6 +21,7 @@ from transformers.utils.generic import ModelOutput
 
 from mmtoken.backbones.base import Tower
 from mmtoken.compressors.base import TowerStates
+from mmtoken.engine.attention import dense
 from mmtoken.errors import UnsupportedError
 from mmtoken.kernels.attention_rows import attention_rows
 from mmtoken.tokens import VisualTokens
@@ -211,7 +212,7 @@ class DenseRun(TowerRun):
 
     def record(self, kwargs: dict[str, Any]) -> BlockCall:
         return BlockCall(
-            mask=None if self.tower.mask_per_head else kwargs.get(self.tower.mask),
+            mask=None if self.tower.mask_per_head else dense(kwargs.get(self.tower.mask)),
             tables=None if self.tower.rotate is None else kwargs.get("rope"),
             back=self.back,
             real=self.real,

@@ -74,6 +74,7 @@ def chunked() -> tf.PreTrainedModel:
 
 
 def with_attention(name: str) -> tf.PreTrainedModel:
+    """Set past transformers' own check, as for a kernel that the user has registered, or one that is installed."""
     model = build("llava")
     model.config.text_config._attn_implementation = name
     return model
@@ -93,9 +94,10 @@ ATTACH: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "flash attention": (
         lambda: with_attention("flash_attention_2"),
         DivPrune(),
-        "flash_attention_2.*'sdpa' or 'eager'",
+        "flash_attention_2.*'sdpa', 'eager' or 'flex_attention'",
     ),
-    "flex attention": (lambda: with_attention("flex_attention"), FastV(), "flex_attention.*'sdpa' or 'eager'"),
+    "attention that is paged": (lambda: with_attention("paged|sdpa"), FastV(), "'paged|sdpa' is unknown"),
+    "attention of the user's own": (lambda: with_attention("my_kernel"), DivPrune(), "'my_kernel' is unknown"),
     "attention in chunks": (chunked, DivPrune(), "layer 0 .*SlidingWindow"),
     "an unknown family": (
         lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8)),
