@@ -121,7 +121,9 @@ def _encode(session: Session, inputs: dict[str, Any]) -> tuple[dict[Modality, An
     for modality in session.backbone.modalities:
         encoder = getattr(root, f"get_{modality}_features")
         names = set(inspect.signature(encoder).parameters) & set(inputs)
-        pixels = {"pixel_values" if modality == "image" else "pixel_values_videos"} & names
+        # Video-LLaVA's processor names them as it did before transformers 5.23.
+        pixels = {"pixel_values", "pixel_values_images"} if modality == "image" else {"pixel_values_videos"}
+        pixels &= names
         used |= names
         if pixels and inputs[next(iter(pixels))] is not None:
             outputs[modality] = encoder(**{name: inputs[name] for name in names}, return_dict=True)

@@ -237,16 +237,15 @@ class Session(AbstractContextManager["Session"]):
 
     def _parts(self) -> list[Any]:
         """The modules that a session has for itself: another one on a part would compress twice."""
-        tower = self.backbone.tower()
-        parts = [self.model, self.backbone.root, self.backbone.decoder, None if tower is None else tower.module]
+        towers = [tower.module for tower in self.backbone.towers()]
+        parts = [self.model, self.backbone.root, self.backbone.decoder, *towers]
         return [part for part in parts if part is not None]
 
     def _install(self, undo: ExitStack) -> None:
         for module in self._parts():
             object.__setattr__(module, _ATTACHED, self)
             undo.callback(module.__dict__.pop, _ATTACHED, None)
-        tower = self.backbone.tower()
-        if tower is not None:
+        for tower in self.backbone.towers():
             for handle in VisionHooks(self, tower).install():
                 undo.callback(handle.remove)
             if "refresh" in self.compressor.sites:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mmtoken.compressors import EVS, CDPruner, DyCoke, HoloV, PruMerge, STCPruner, VidCom2, VisPruner
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, LLAMA, visual_mask
+from tests.backbones.tiny_models import CELLS, TOKENWISE, visual_mask
 from tests.compressors import (
     test_cdpruner,
     test_dycoke,
@@ -80,7 +80,7 @@ def facts(
     inputs, separators = batch(cell, case, seed), protected(cell, case, seed)
     embeds = projected(cell, case, seed)
     attention, keys = tower(cell, case, seed)
-    patches = _clip_patches(cell, case, seed) if cell[0] in LLAMA else None
+    patches = _clip_patches(cell, case, seed) if cell[0] in TOKENWISE else None
     text = inputs["attention_mask"].bool() & ~visual_mask(tiny(cell[0]), inputs)
     found, start = [], 0
     for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
