@@ -21,6 +21,7 @@ from mmtoken.compressors.base import STREAM_SITES, Compressor, Context
 from mmtoken.compressors.registry import resolve
 from mmtoken.compressors.trained import Trained, settings_of
 from mmtoken.engine.cache import check_decoder
+from mmtoken.engine.crops import Per
 from mmtoken.engine.decoder import DecoderHooks
 from mmtoken.engine.encode import Encoded, EncoderCall
 from mmtoken.engine.encoder import wrap_encoder
@@ -196,7 +197,7 @@ class Session(AbstractContextManager["Session"]):
     (`attached(model)` finds it again). A model may run in several threads; each sees its own `report`.
 
     Attributes:
-        model, visual, mode: as handed in.
+        model, visual, mode, per: as handed in.
         compressor: the settings of what was handed in.
         trained: the compressor with its learned parts, None if it has none.
         backbone: the model's adapter.
@@ -209,12 +210,20 @@ class Session(AbstractContextManager["Session"]):
     """
 
     def __init__(
-        self, model: PreTrainedModel, compressor: Compressor | Trained, visual: Tensor | None, mode: Mode = "drop"
+        self,
+        model: PreTrainedModel,
+        compressor: Compressor | Trained,
+        visual: Tensor | None,
+        mode: Mode = "drop",
+        per: Per = "item",
     ) -> None:
         if mode not in get_args(Mode):
             raise MMTokenError(f"mode={mode!r} is unknown; use 'drop' or 'mask'.")
+        if per not in get_args(Per):
+            raise MMTokenError(f"per={per!r} is unknown; use 'item' or 'crop'.")
         self.model = model
         self.mode = mode
+        self.per = per
         self.compressor = settings_of(compressor)
         self.trained = compressor if isinstance(compressor, Trained) else None
         self.backbone = adapt(model)
@@ -384,6 +393,7 @@ def attach(
     *,
     visual: Tensor | None = None,
     mode: Mode = "drop",
+    per: Per = "item",
 ) -> Session:
     """Attach a compressor to a model until `.detach()`.
 
@@ -393,6 +403,8 @@ def attach(
             comes as a `Trained`, which `learnable` makes.
         visual: bool[B, L] marks visual positions of the prompt; needed for bare decoders only.
         mode: "drop" takes tokens out of the decoder, "mask" only hides them from the others.
+        per: what `keep` counts by: "item" (an image or a video), or "crop" (the thumbnail and every crop of an image
+            by themselves; see docs/any-resolution.md).
 
     Returns:
         The session; `session.report` holds the measurements of the last prefill.
@@ -401,7 +413,7 @@ def attach(
         UnsupportedError: this backbone cannot host the compressor; the message says why.
         MMTokenError: a compressor is attached already.
     """
-    return Session(model, resolve(compressor), visual, mode)
+    return Session(model, resolve(compressor), visual, mode, per)
 
 
 def compress(
@@ -410,6 +422,7 @@ def compress(
     *,
     visual: Tensor | None = None,
     mode: Mode = "drop",
+    per: Per = "item",
 ) -> Session:
     """`attach` for a with statement: `with compress(model, FastV(keep=64)) as session: model.generate(**inputs)`."""
-    return attach(model, compressor, visual=visual, mode=mode)
+    return attach(model, compressor, visual=visual, mode=mode, per=per)
