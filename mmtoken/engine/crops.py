@@ -62,7 +62,7 @@ def split_crops(items: Items) -> Items:
         return None if values is None else values[of, index]
 
     grids = [
-        _part_grid(part[~items.protected[item, part]], number) if items.cropped[item] else items.grids[item]
+        items.grids[item] or _part_grid(part[~items.protected[item, part]], number)
         for item, number, part in zip(owner, numbers, parts, strict=True)
     ]
     tower, frames, seeds = items.tower, items.frames, items.seeds
