@@ -141,8 +141,8 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
         return
     if method.patchwise_projector and not (backbone.tokenwise_projector and backbone.feature_layers == 1):
         raise UnsupportedError(
-            f"{name} needs a projector that maps every patch by itself, and {backbone.name} merges or re-samples "
-            "patches, or reads several tower layers."
+            f"{name} needs a projector that maps every patch by itself, and {backbone.name} merges, re-samples or "
+            "un-pads patches, or reads several tower layers."
         )
     if "prepare" in method.sites and backbone.dynamic_resolution:
         raise UnsupportedError(
