@@ -145,6 +145,15 @@ class Backbone(ABC):
         """Why the tower cannot be compressed in its present state, None if it can; asked before each call of it."""
         return None
 
+    def video_tower(self) -> Tower | None:
+        """The tower that encodes videos: `tower()`, unless the family has another one of the same shape for them."""
+        return self.tower()
+
+    def towers(self) -> list[Tower]:
+        """Every vision tower once."""
+        found = {id(tower.module): tower for tower in (self.tower(), self.video_tower()) if tower is not None}
+        return list(found.values())
+
     def projector(self) -> nn.Module | None:
         """The module that maps patches to the decoder's width; only needed where `tokenwise_projector` holds."""
         return None
@@ -254,6 +263,51 @@ def hidden_state_block(layer: int | list[int], blocks: int) -> int:
     """
     last = layer if isinstance(layer, int) else layer[-1]
     return (last if last >= 0 else blocks + 1 + last) - 1
+
+
+def feature_tower(model: Any, module: Any) -> Tower:
+    """A CLIP- or SigLIP-like tower in front of a projector that reads `vision_feature_layer` of the configuration.
+
+    Args:
+        model: the whole model.
+        module: its tower.
+    """
+    vision, blocks = model.config.vision_config, module.encoder.layers
+    return Tower(
+        module=module,
+        blocks=blocks,
+        feature_block=hidden_state_block(model.config.vision_feature_layer, len(blocks)),
+        # SigLIP has no CLS; a CLIP tower has one, which the select strategy "default" drops.
+        prefix=int(vision.model_type == "clip_vision_model"),
+        unit=1,
+        heads=vision.num_attention_heads,
+    )
+
+
+def patch_side(model: Any) -> int:
+    """Rows, and columns, of patches that the tower makes of a square picture."""
+    vision = model.config.vision_config
+    return int(vision.image_size) // int(vision.patch_size)
+
+
+def stacked_videos(call: Mapping[str, Any]) -> Tensor:
+    """float[videos, frames, 3, H, W]: the pixels of a `get_video_features` call that stacks its videos."""
+    # transformers 5.17 names the argument `pixel_values`.
+    pixels = call.get("pixel_values_videos")
+    videos: Tensor = call["pixel_values"] if pixels is None else pixels
+    return videos
+
+
+def stacked_frames(name: str, call: Mapping[str, Any], picks: list[Tensor]) -> dict[str, Any]:
+    """The same call with frames `picks` int[K] of each video only.
+
+    Raises:
+        UnsupportedError: the videos would differ in length; `name` is the family's, for the message.
+    """
+    if len({len(pick) for pick in picks}) > 1:
+        raise UnsupportedError(f"{name} stacks videos: leave the same number of frames in each of a batch.")
+    argument = "pixel_values" if call.get("pixel_values_videos") is None else "pixel_values_videos"
+    return {**call, argument: torch.stack([clip[pick] for clip, pick in zip(call[argument], picks, strict=True)])}
 
 
 def unit_mean(values: Tensor, rows: int, columns: int, unit: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mmtoken.backbones.base import Backbone, Layout, Modality, Tower, hidden_state_block, prefix_flags
+from mmtoken.backbones.base import Backbone, Layout, Modality, Tower, feature_tower, patch_side, prefix_flags
 
 
 class Llava(Backbone):
@@ -18,29 +18,14 @@ class Llava(Backbone):
     tokenwise_projector: ClassVar[bool] = True
 
     def tower(self) -> Tower:
-        tower = self.root.vision_tower
-        blocks = tower.encoder.layers
-        # SigLIP-like towers have no CLS token.
-        prefix = 1 if self.model.config.vision_config.model_type == "clip_vision_model" else 0
-        return Tower(
-            module=tower,
-            blocks=blocks,
-            feature_block=hidden_state_block(self.model.config.vision_feature_layer, len(blocks)),
-            prefix=prefix,
-            unit=1,
-            heads=self.model.config.vision_config.num_attention_heads,
-        )
+        return feature_tower(self.model, self.root.vision_tower)
 
     def projector(self) -> nn.Module:
         projector: nn.Module = self.root.multi_modal_projector
         return projector
 
-    def _side(self) -> int:
-        config = self.model.config.vision_config
-        return int(config.image_size) // int(config.patch_size)
-
     def layout(self, modality: Modality, call: Mapping[str, Any], tiles: int) -> Layout:
-        side = self._side()
+        side = patch_side(self.model)
         extra = int(self.model.config.vision_feature_select_strategy == "full" and self.tower().prefix)
         protected = prefix_flags(tiles * (side * side + extra), call["pixel_values"].device).view(tiles, -1)
         protected[:, :extra] = True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmtoken.backbones.base import Layout, Modality
+from mmtoken.backbones.base import Layout, Modality, patch_side, stacked_videos
 from mmtoken.backbones.llava_onevision import LlavaOneVision
 
 
@@ -25,14 +25,14 @@ class LlavaVideo(LlavaOneVision):
 
     def _rows(self, device: torch.device) -> int:
         """Rows (and columns) of a pooled frame, as the model itself pools them."""
-        side = self._side()
+        side = patch_side(self.model)
         pooled: Tensor = self.root.apply_pooling(torch.zeros(1, side * side, 1, device=device))
         return int(pooled.shape[1] ** 0.5 + 0.5)
 
     def layout(self, modality: Modality, call: Mapping[str, Any], tiles: int) -> Layout:
         if modality == "image":
             return super().layout(modality, call, tiles)
-        pixels = self._video_pixels(call)
+        pixels = stacked_videos(call)
         videos, frames = pixels.shape[:2]
         side = self._rows(pixels.device)
         row = torch.zeros(side + 1, dtype=torch.bool, device=pixels.device)

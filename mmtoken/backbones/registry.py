@@ -14,16 +14,21 @@ from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.gemma import Gemma3, PaliGemma
 from mmtoken.backbones.idefics3 import Idefics3
 from mmtoken.backbones.llava import Llava
+from mmtoken.backbones.llava_next import LlavaNext, LlavaNextVideo
 from mmtoken.backbones.llava_onevision import LlavaOneVision
 from mmtoken.backbones.llava_video import LlavaVideo
 from mmtoken.backbones.open_clip import OpenClipViT
 from mmtoken.backbones.openvla import OpenVLA
 from mmtoken.backbones.qwen_vl import QwenVL
 from mmtoken.backbones.timm_vit import TimmViT
+from mmtoken.backbones.video_llava import VideoLlava
 from mmtoken.errors import UnsupportedError, near_names
 
 ADAPTERS: tuple[type[Backbone], ...] = (
     Llava,
+    LlavaNext,
+    LlavaNextVideo,
+    VideoLlava,
     LlavaOneVision,
     LlavaVideo,
     QwenVL,

@@ -17,14 +17,15 @@ from mmtoken.engine import attention, calibration, gather, masks
 from mmtoken.engine.cache import SLIDING, LogicalLayer, attention_kinds, logical_layer, make_logical, new_cache
 from mmtoken.engine.compat import CACHE, cache_in, check_checkpointing, with_cache
 from mmtoken.engine.context import CallContext
-from mmtoken.engine.encode import without_tail
+from mmtoken.engine.crops import number_crops, split_crops
+from mmtoken.engine.encode import Encoded, without_tail
 from mmtoken.engine.encoder import encoded_by, forget
 from mmtoken.engine.eviction import Eviction
 from mmtoken.engine.flops import DecoderShape
 from mmtoken.engine.listening import Listening
 from mmtoken.engine.measure import finish_report, start_report
 from mmtoken.engine.positions import renumber, rotary_tables
-from mmtoken.engine.prefill import Cut, Items, Prefill, check_placeholders, locate, most_mass, number_crops
+from mmtoken.engine.prefill import Cut, Items, Prefill, check_placeholders, locate, most_mass
 from mmtoken.engine.prompt import placeholders, prompt_of
 from mmtoken.errors import InputError, UnsupportedError
 from mmtoken.tokens import VisualTokens
@@ -184,8 +185,7 @@ class DecoderHooks:
         rows, length = embeds.shape[:2]
         cache = self._logical_cache(kwargs)
         encoded = state.encoded or {}
-        items = locate(visual, encoded)
-        number_crops(items, self.backbone, state.input_ids)
+        items = self._items(visual, encoded, state.input_ids)
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = (torch.arange(length, device=embeds.device) + past)[None]
@@ -219,6 +219,12 @@ class DecoderHooks:
         self.listening.begin(call)
         call.started = self.session.clock()
         return {**with_cache(kwargs, cache), **self._shortened(kwargs, call, call.embeds, keep)}
+
+    def _items(self, visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded], ids: Tensor | None) -> Items:
+        """The items of a prompt, as the session counts them."""
+        items = locate(visual, encoded)
+        number_crops(items, self.backbone, ids)
+        return split_crops(items) if self.session.per == "crop" else items
 
     def _logical_cache(self, kwargs: dict[str, Any]) -> Any:
         cache = cache_in(kwargs)
@@ -346,8 +352,7 @@ class DecoderHooks:
         encoded = encoded_by(outputs)
         for output in outputs.values():
             forget(output)
-        items = locate(visual, encoded)
-        number_crops(items, self.backbone, input_ids)
+        items = self._items(visual, encoded, input_ids)
         everything = torch.ones_like(input_ids, dtype=torch.bool)
         call = Prefill(
             items=items,

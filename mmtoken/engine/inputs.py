@@ -18,6 +18,7 @@ from mmtoken.compressors.registry import resolve
 from mmtoken.compressors.trained import Trained, settings_of
 from mmtoken.engine import gather
 from mmtoken.engine.compat import takes_encoded_images
+from mmtoken.engine.crops import Per
 from mmtoken.engine.positions import generation_positions, renumber
 from mmtoken.engine.prompt import read_prompt
 from mmtoken.engine.session import Session
@@ -27,7 +28,11 @@ _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 def compress_inputs(
-    model: PreTrainedModel, compressor: Compressor | Trained | str | dict[str, Any], inputs: Mapping[str, Any]
+    model: PreTrainedModel,
+    compressor: Compressor | Trained | str | dict[str, Any],
+    inputs: Mapping[str, Any],
+    *,
+    per: Per = "item",
 ) -> dict[str, Any]:
     """Encode the images of `inputs` and return inputs that hold the kept visual tokens only.
 
@@ -39,6 +44,7 @@ def compress_inputs(
         model: a transformers VLM with an adapter and nothing attached.
         compressor: acts before the language model (sites frames, vision_layer, project, llm_input).
         inputs: what the processor returned: input_ids int[B, L], attention_mask, pixels, grids or sizes.
+        per: what `keep` counts by, see `compress`.
 
     Returns:
         input_ids int[B, l], attention_mask, position_ids (the original ones of the kept tokens, or renumbered),
@@ -65,7 +71,7 @@ def compress_inputs(
         raise UnsupportedError(
             "This transformers version takes no mm_encoder_outputs; upgrade transformers, or use compress()."
         )
-    with Session(model, given, None) as session:
+    with Session(model, given, None, per=per) as session:
         return _compress(model, method, session, dict(inputs))
 
 
@@ -121,7 +127,9 @@ def _encode(session: Session, inputs: dict[str, Any]) -> tuple[dict[Modality, An
     for modality in session.backbone.modalities:
         encoder = getattr(root, f"get_{modality}_features")
         names = set(inspect.signature(encoder).parameters) & set(inputs)
-        pixels = {"pixel_values" if modality == "image" else "pixel_values_videos"} & names
+        # Video-LLaVA's processor names them as it did before transformers 5.23.
+        pixels = {"pixel_values", "pixel_values_images"} if modality == "image" else {"pixel_values_videos"}
+        pixels &= names
         used |= names
         if pixels and inputs[next(iter(pixels))] is not None:
             outputs[modality] = encoder(**{name: inputs[name] for name in names}, return_dict=True)

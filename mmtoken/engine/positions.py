@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def renumber(position_ids: Tensor, dropped: Tensor, items: list[tuple[int, Tenso
     axes = position_ids.expand(-1, rows, -1).clone()
     shift = torch.zeros_like(axes[0])
     total = torch.zeros_like(shift[:, 0])
-    for row, places in [(row, run) for row, item in items for run in _runs(item)]:
+    for row, places in [(row, run) for row, item in items for run in runs(item)]:
         grid = axes[-3:, row, places]
         kept = grid[:, ~dropped[row, places]]
         start = grid.min()
@@ -51,7 +51,7 @@ def renumber(position_ids: Tensor, dropped: Tensor, items: list[tuple[int, Tenso
     return moved, total
 
 
-def _runs(places: Tensor) -> Iterable[Tensor]:
+def runs(places: Tensor) -> Sequence[Tensor]:
     """Consecutive positions among int[n] ascending ones."""
     return places.tensor_split(((places.diff() != 1).nonzero()[:, 0] + 1).cpu())
 

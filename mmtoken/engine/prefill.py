@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from mmtoken.backbones.base import Backbone, Layout, Modality
+from mmtoken.backbones.base import Layout, Modality
 from mmtoken.engine import gather
 from mmtoken.engine.encode import Encoded
 from mmtoken.errors import InputError
@@ -112,24 +112,6 @@ def locate(visual: Mapping[str, Tensor], encoded: Mapping[str, Encoded]) -> Item
     return _stack(
         [rows[i] for i in order], [spans[i] for i in order], [grids[i] for i in order], [sources[i] for i in order]
     )
-
-
-def number_crops(items: Items, backbone: Backbone, ids: Tensor | None) -> None:
-    """Note which items are crops, for families whose crops are items of their own.
-
-    Args:
-        items: changed in place.
-        backbone: knows the marks in a prompt.
-        ids: int[B, L] of the prompt; without them every item counts as a picture of its own.
-    """
-    if ids is None or items.crops is None:
-        return
-    for row in sorted(set(items.rows)):
-        mine = [i for i, other in enumerate(items.rows) if other == row]
-        found = backbone.prompt_crops(ids[row], [items.places[i][items.valid[i]] for i in mine])
-        for i, (number, cropped) in zip(mine, found or (), strict=found is not None):
-            items.crops[i] = number
-            items.cropped[i] = cropped
 
 
 def check_placeholders(mask: Tensor, record: Encoded) -> None:

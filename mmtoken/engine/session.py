@@ -20,6 +20,7 @@ from mmtoken.compressors.base import STREAM_SITES, Compressor, Context
 from mmtoken.compressors.registry import resolve
 from mmtoken.compressors.trained import Trained, settings_of
 from mmtoken.engine.cache import attention_kinds
+from mmtoken.engine.crops import Per
 from mmtoken.engine.decoder import DecoderHooks
 from mmtoken.engine.encode import Encoded, EncoderCall
 from mmtoken.engine.encoder import wrap_encoder
@@ -152,8 +153,8 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
         return
     if method.patchwise_projector and not (backbone.tokenwise_projector and backbone.feature_layers == 1):
         raise UnsupportedError(
-            f"{name} needs a projector that maps every patch by itself, and {backbone.name} merges or re-samples "
-            "patches, or reads several tower layers."
+            f"{name} needs a projector that maps every patch by itself, and {backbone.name} merges, re-samples or "
+            "un-pads patches, or reads several tower layers."
         )
     if "prepare" in method.sites and backbone.dynamic_resolution:
         raise UnsupportedError(
@@ -238,7 +239,7 @@ class Session(AbstractContextManager["Session"]):
 
     Attributes:
         model: as handed in, without the wrapper of peft or DDP.
-        visual, mode: as handed in.
+        visual, mode, per: as handed in.
         compressor: the settings of what was handed in.
         trained: the compressor with its learned parts, None if it has none.
         backbone: the model's adapter.
@@ -251,12 +252,20 @@ class Session(AbstractContextManager["Session"]):
     """
 
     def __init__(
-        self, model: nn.Module, compressor: Compressor | Trained, visual: Tensor | None, mode: Mode = "drop"
+        self,
+        model: nn.Module,
+        compressor: Compressor | Trained,
+        visual: Tensor | None,
+        mode: Mode = "drop",
+        per: Per = "item",
     ) -> None:
         if mode not in get_args(Mode):
             raise MMTokenError(f"mode={mode!r} is unknown; use 'drop' or 'mask'.")
+        if per not in get_args(Per):
+            raise MMTokenError(f"per={per!r} is unknown; use 'item' or 'crop'.")
         self.model: Any = unwrapped(model)
         self.mode = mode
+        self.per = per
         self.compressor = settings_of(compressor)
         self.trained = compressor if isinstance(compressor, Trained) else None
         self.backbone = adapt(self.model)
@@ -279,16 +288,15 @@ class Session(AbstractContextManager["Session"]):
 
     def _parts(self) -> list[Any]:
         """The modules that a session has for itself: another one on a part would compress twice."""
-        tower = self.backbone.tower()
-        parts = [self.model, self.backbone.root, self.backbone.decoder, None if tower is None else tower.module]
+        towers = [tower.module for tower in self.backbone.towers()]
+        parts = [self.model, self.backbone.root, self.backbone.decoder, *towers]
         return [part for part in parts if part is not None]
 
     def _install(self, undo: ExitStack) -> None:
         for module in self._parts():
             object.__setattr__(module, _ATTACHED, self)
             undo.callback(module.__dict__.pop, _ATTACHED, None)
-        tower = self.backbone.tower()
-        if tower is not None:
+        for tower in self.backbone.towers():
             for handle in VisionHooks(self, tower).install():
                 undo.callback(handle.remove)
             if "refresh" in self.compressor.sites:
@@ -439,6 +447,7 @@ def attach(
     *,
     visual: Tensor | None = None,
     mode: Mode = "drop",
+    per: Per = "item",
 ) -> Session:
     """Attach a compressor to a model until `.detach()`.
 
@@ -449,6 +458,8 @@ def attach(
             comes as a `Trained`, which `learnable` makes.
         visual: bool[B, L] marks visual positions of the prompt; needed for bare decoders only.
         mode: "drop" takes tokens out of the decoder, "mask" only hides them from the others.
+        per: what `keep` counts by: "item" (an image or a video), or "crop" (the thumbnail and every crop of an image
+            by themselves; see docs/any-resolution.md).
 
     Returns:
         The session; `session.report` holds the measurements of the last prefill.
@@ -457,7 +468,7 @@ def attach(
         UnsupportedError: this backbone cannot host the compressor; the message says why.
         MMTokenError: a compressor is attached already.
     """
-    return Session(model, resolve(compressor), visual, mode)
+    return Session(model, resolve(compressor), visual, mode, per)
 
 
 def compress(
@@ -466,6 +477,7 @@ def compress(
     *,
     visual: Tensor | None = None,
     mode: Mode = "drop",
+    per: Per = "item",
 ) -> Session:
     """`attach` for a with statement: `with compress(model, FastV(keep=64)) as session: model.generate(**inputs)`."""
-    return attach(model, compressor, visual=visual, mode=mode)
+    return attach(model, compressor, visual=visual, mode=mode, per=per)

@@ -249,8 +249,11 @@ class VisionHooks:
 
     @property
     def _run(self) -> TowerRun | None:
-        call = self._thread.call
-        return call.runs[-1] if call is not None and call.runs else None
+        """This tower's run in the call in progress; None in calls of another tower, after one of this was aborted."""
+        call, now = self._thread.call, self.session.thread.encoder
+        if call is None or not call.runs or not (now is None or now is call):
+            return None
+        return call.runs[-1]
 
     def _tower_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tower, state = self.tower, self._thread

@@ -17,7 +17,17 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mmtoken.models.llava_video import LlavaVideoProcessor
-from tests.backbones.tiny_models import LLAMA, ONEVISION, PINPOINTS, SPECIALS, TEXT_TOKENS, build, role_tokens
+from tests.backbones.tiny_models import (
+    LLAMA,
+    NEXT,
+    NEXT_PINPOINTS,
+    ONEVISION,
+    PINPOINTS,
+    SPECIALS,
+    TEXT_TOKENS,
+    build,
+    role_tokens,
+)
 
 __all__ = ["conversation", "photograph", "processor", "tokenizer", "video", "write_checkpoint"]
 
@@ -102,6 +112,9 @@ def _fast(family: str) -> Tokenizer:
 # The class each family's upstream tokenizer_config.json names.
 _TOKENIZER_CLASSES = {
     "llava": "LlamaTokenizer",
+    "llava_next": "LlamaTokenizer",
+    "llava_next_video": "LlamaTokenizer",
+    "video_llava": "LlamaTokenizer",
     "llava_onevision": "Qwen2Tokenizer",
     "llava_video": "Qwen2Tokenizer",
     "qwen2_5_vl": "Qwen2Tokenizer",
@@ -166,7 +179,7 @@ _VISION = "<|vision_start|><|{}_pad|><|vision_end|>"
 
 CHAT_TEMPLATES: dict[str, str] = {
     "llava": _template(
-        "{{ message['role'] | upper }}: ", "<image>\n", "", " ", "", "ASSISTANT:", media_first=True
+        "{{ message['role'] | upper }}: ", "<image>\n", "<video>\n", " ", "", "ASSISTANT:", media_first=True
     ),
     "llava_onevision": _template(
         f"<|im_start|>{_ROLE} ", "<image>\n", "<video>\n", "<|im_end|>", "", "<|im_start|>assistant\n",
@@ -187,6 +200,9 @@ CHAT_TEMPLATES: dict[str, str] = {
         _NAME, "<image>", "<video>", "<end_of_utterance>\n", "<|im_start|>", "Assistant:", media_first=False
     ),
 }  # fmt: skip
+CHAT_TEMPLATES["llava_next"] = CHAT_TEMPLATES["llava"]
+CHAT_TEMPLATES["llava_next_video"] = CHAT_TEMPLATES["llava"]
+CHAT_TEMPLATES["video_llava"] = CHAT_TEMPLATES["llava"]
 CHAT_TEMPLATES["llava_video"] = CHAT_TEMPLATES["llava_onevision"]
 
 
@@ -204,6 +220,22 @@ def _processor(family: str, tok: Any) -> Any:
             num_additional_image_tokens=1,
             chat_template=template,
         )
+    if family in NEXT or family == "video_llava":
+        size = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+        facts = {
+            "patch_size": 14,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+            "chat_template": template,
+        }
+        if family == "video_llava":
+            image, video = tf.VideoLlavaImageProcessor(**size), tf.VideoLlavaVideoProcessor(**size)
+            return tf.VideoLlavaProcessor(image_processor=image, video_processor=video, tokenizer=tok, **facts)
+        image = tf.LlavaNextImageProcessor(**size, image_grid_pinpoints=NEXT_PINPOINTS)
+        if family == "llava_next":
+            return tf.LlavaNextProcessor(image, tok, **facts)
+        video = tf.LlavaNextVideoVideoProcessor(**size)
+        return tf.LlavaNextVideoProcessor(video_processor=video, image_processor=image, tokenizer=tok, **facts)
     if family in ONEVISION:
         size = {"height": 42, "width": 42}
         kind = LlavaVideoProcessor if family == "llava_video" else tf.LlavaOnevisionProcessor

@@ -12,7 +12,7 @@ from mmtoken import VisualTokens, compress
 from mmtoken.backbones.registry import adapt
 from mmtoken.compressors import Context, Random
 from mmtoken.engine.inputs import compress_inputs
-from tests.backbones.tiny_models import build, inputs, special_ids
+from tests.backbones.tiny_models import NEXT, build, inputs, special_ids
 
 SEEN: list[tuple[list[list[int]], list[bool] | None]] = []
 
@@ -50,6 +50,28 @@ BASE = [0] * 9
 ONE = ([1] * 3 + [1]) * 3
 TWO = ([1] * 3 + [2] * 3 + [2]) * 3
 FOUR = ([1] * 3 + [2] * 3 + [2]) * 2 + ([3] * 3 + [4] * 3 + [4]) * 2
+
+
+def next_image(rows: int, *bands: tuple[int, int]) -> list[int]:
+    """A thumbnail of 4 x 4 patches; then `rows` rows per band of two crops side by side, with a newline behind each."""
+    return [0] * 16 + [crop for left, right in bands for _ in range(rows) for crop in [left] * 4 + [right] * 5]
+
+
+# Two crops of which the middle rows are left, two whole ones, and four that share six rows.
+LOW, WIDE, HIGH = next_image(2, (1, 2)), next_image(4, (1, 2)), next_image(3, (1, 2), (3, 4))
+NEXT_NUMBERS = {
+    "single": [WIDE],
+    "padded_ragged": [HIGH, LOW, WIDE],
+    "multi_image": [LOW, WIDE, WIDE],
+}
+
+
+@pytest.mark.parametrize("family", NEXT)
+@pytest.mark.parametrize("case", NEXT_NUMBERS)
+def test_next_numbers_crops_of_every_picture_as_they_are_put_together(family, case):
+    model = build(family)
+    found, cropped = seen(model, inputs(model, family, "image", case))
+    assert found == NEXT_NUMBERS[case] and cropped == [True] * len(found)
 
 
 @pytest.mark.parametrize(

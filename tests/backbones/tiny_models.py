@@ -20,6 +20,7 @@ from mmtoken.models import openvla
 from mmtoken.models.llava_video import LlavaVideoConfig, LlavaVideoForConditionalGeneration
 
 __all__ = [
+    "ANYRES",
     "CASES",
     "CELLS",
     "FAMILIES",
@@ -35,6 +36,7 @@ __all__ = [
 VOCAB = 384
 TEXT_TOKENS = 320
 PINPOINTS = [[42, 42], [42, 84], [84, 42], [84, 84]]  # (height, width), multiples of the OneVision tile
+NEXT_PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]  # the shapes of upstream's
 
 _QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _QWEN_VL = [
@@ -47,6 +49,9 @@ _ROW_COL = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
 # LLaVA and OpenVLA keeps <unk>, <s>, </s> at 0, 1, 2.
 SPECIALS: dict[str, list[str]] = {
     "llava": ["<image>", "<pad>"],
+    "llava_next": ["<image>", "<pad>"],
+    "llava_next_video": ["<video>", "<image>", "<pad>"],
+    "video_llava": ["<image>", "<video>", "<pad>"],
     "llava_onevision": [*_QWEN, "<image>", "<video>"],
     "llava_video": [*_QWEN, "<image>", "<video>"],
     "qwen2_5_vl": _QWEN_VL,
@@ -71,6 +76,9 @@ SPECIALS: dict[str, list[str]] = {
 # The tokens that play each role: (beginning or None, end, padding, image, video or None).
 _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
     "llava": ("<s>", "</s>", "<pad>", "<image>", None),
+    "llava_next": ("<s>", "</s>", "<pad>", "<image>", None),
+    "llava_next_video": ("<s>", "</s>", "<pad>", "<image>", "<video>"),
+    "video_llava": ("<s>", "</s>", "<pad>", "<image>", "<video>"),
     "llava_onevision": (None, "<|im_end|>", "<|endoftext|>", "<image>", "<video>"),
     "llava_video": (None, "<|im_end|>", "<|endoftext|>", "<image>", "<video>"),
     "qwen2_5_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
@@ -85,8 +93,22 @@ _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
 FAMILIES: tuple[str, ...] = tuple(family for family in SPECIALS if family not in ("openvla", "paligemma", "gemma3"))
 """Families that hold conversations; robot policies and PaliGemma have one kind of prompt and no chat template."""
 
-LLAMA = ("llava", "openvla")
-"""Families with the tokenizer of Llama-2, a tower of 4 x 4 patches and one size of image."""
+LLAMA = (
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "video_llava",
+    "openvla",
+)
+"""Families with the tokenizer of Llama-2."""
+
+TOKENWISE = (
+    "llava",
+    "video_llava",
+    "openvla",
+    "paligemma",
+)
+"""Families with a tower of 4 x 4 patches, one size of image, and a projector that maps every patch by itself."""
 
 GEMMA = ("gemma3", "paligemma")
 """Families with one size of image, 16 tokens each, whose decoder is told the type of every token."""
@@ -94,8 +116,40 @@ GEMMA = ("gemma3", "paligemma")
 ONEVISION = ("llava_onevision", "llava_video")
 """Families that differ in the layout of videos alone."""
 
+NEXT = ("llava_next", "llava_next_video")
+"""Families that cut every image, into crops of 4 x 4 patches."""
+
+ANYRES = (*NEXT, *ONEVISION)
+"""Families whose images come as a thumbnail, and again in crops with newline tokens."""
+
+STACKED: dict[tuple[str, str], int] = {
+    ("llava", "image"): 16,
+    ("openvla", "image"): 16,
+    ("video_llava", "image"): 16,
+    ("gemma3", "image"): 16,
+    ("paligemma", "image"): 16,
+    ("video_llava", "video"): 4 * (1 + 16),
+    ("llava_next_video", "video"): 4 * 4,
+    ("llava_onevision", "video"): 4 * 4 + 1,
+    ("llava_video", "video"): 4 * 2 * (2 + 1),
+}
+"""Tokens of an item where all items have equally many."""
+
+NEXT_SIZES: list[tuple[tuple[int, int], int, int]] = [
+    ((28, 112), 2, 16 + 2 * (8 + 1)),
+    ((56, 112), 2, 16 + 4 * (8 + 1)),
+    ((84, 112), 4, 16 + 6 * (8 + 1)),
+]
+"""(height, width), crops and tokens of images: half of the first one's rows of patches hold padding, a quarter of the
+last one's, and nothing of the second's."""
+
 CELLS: list[tuple[str, str]] = [
     ("llava", "image"),
+    ("llava_next", "image"),
+    ("llava_next_video", "image"),
+    ("llava_next_video", "video"),
+    ("video_llava", "image"),
+    ("video_llava", "video"),
     ("llava_onevision", "image"),
     ("llava_onevision", "video"),
     ("llava_video", "image"),
@@ -176,6 +230,17 @@ def _windows(text: dict[str, object]) -> dict[str, object]:
     return {**text, "head_dim": 16, "layer_types": kinds, "sliding_window": 512}
 
 
+def _next(text: dict[str, object]) -> dict[str, object]:
+    """What LLaVA-NeXT and LLaVA-NeXT-Video share."""
+    return {
+        "vision_config": _clip(4),
+        "text_config": tf.LlamaConfig(**text),
+        "image_grid_pinpoints": NEXT_PINPOINTS,
+        "image_seq_length": 16,
+        "tie_word_embeddings": False,
+    }
+
+
 def _mrope(section: list[int], **more: object) -> dict[str, object]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section, **more}
 
@@ -209,6 +274,21 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
             vision_feature_select_strategy="default",
             image_token_index=role["image"],
             image_seq_length=16,
+            tie_word_embeddings=False,
+        )
+    if name == "llava_next":
+        return tf.LlavaNextConfig(**_next(text), image_token_index=role["image"])
+    if name == "llava_next_video":
+        more = {"video_token_index": role["video"], "video_seq_length": STACKED[name, "video"]}
+        return tf.LlavaNextVideoConfig(**_next(text), image_token_index=role["image"], **more)
+    if name == "video_llava":
+        return tf.VideoLlavaConfig(
+            vision_config=_clip(4),
+            text_config=tf.LlamaConfig(**text),
+            image_token_index=role["image"],
+            video_token_index=role["video"],
+            image_seq_length=STACKED[name, "image"],
+            video_seq_length=STACKED[name, "video"],
             tie_word_embeddings=False,
         )
     if name in ("llava_onevision", "llava_video"):
@@ -310,6 +390,9 @@ _BARE: dict[str, type[tf.PreTrainedModel]] = {
 }
 _MODELS: dict[str, type[tf.PreTrainedModel]] = {
     "llava": tf.LlavaForConditionalGeneration,
+    "llava_next": tf.LlavaNextForConditionalGeneration,
+    "llava_next_video": tf.LlavaNextVideoForConditionalGeneration,
+    "video_llava": tf.VideoLlavaForConditionalGeneration,
     "llava_onevision": tf.LlavaOnevisionForConditionalGeneration,
     "llava_video": LlavaVideoForConditionalGeneration,
     "qwen2_5_vl": tf.Qwen2_5_VLForConditionalGeneration,
@@ -389,28 +472,28 @@ def inputs(
     """What the family's processor would return for a left-padded batch; pixels are random and differ per image.
 
     Cases: `plain` (2 rows of equal length), `single`, `left_padded` (2 rows, texts of different length), `ragged`
-    (texts of equal length, images of different size; LLaVA has one size, there the rows have 1 and 2 images),
+    (texts of equal length, images of different size; where there is one size, the rows have 1 and 2 images),
     `padded_ragged` (3 rows, both), `multi_image` (2 images in a row, 1 in the other), `text_row` (a row with no image).
     All but `plain` and `single` have left padding. In Idefics3 and SmolVLM the smallest image of `padded_ragged` is one
     unsplit tile with padded pixels, the only case in which the tower's blocks get a mask.
     For modality "video" read video for image; `ragged` then means different frame counts where a batch allows it
-    (Qwen) and a different number of videos otherwise (LLaVA-OneVision, LLaVA-Video).
+    (Qwen) and a different number of videos otherwise.
     """
     if (family, modality) not in CELLS:
         raise KeyError(f"no cell ({family!r}, {modality!r}); there are {CELLS}")
     g = torch.Generator().manual_seed(seed)
     layout = _LAYOUT[case]
-    if family in (*LLAMA, *GEMMA) or (family in ONEVISION and modality == "video"):
+    if (family, modality) in STACKED:
         # one visual count per item: let the number of items differ instead
         layout = [(a, b, [1] * (2 if sizes == [2] else len(sizes))) for a, b, sizes in layout]
     role, ids = roles(family), special_ids(family)
     item_kinds = [sizes for _, _, sizes in layout]
-    if family in LLAMA:
-        visual, pixels = _llava(item_kinds, g, channels=6 if family == "openvla" else 3)
-    elif family in GEMMA:
-        visual, pixels = _llava(item_kinds, g, side=112 if family == "gemma3" else 56)
+    if (family, modality) in STACKED:
+        visual, pixels = _stacked(family, modality, sum(map(len, item_kinds)), g)
+    elif family in NEXT:
+        visual, pixels = _next_images(item_kinds, g)
     elif family in ONEVISION:
-        visual, pixels = _onevision(family, item_kinds, modality, g)
+        visual, pixels = _onevision(item_kinds, g)
     elif family in ("idefics3", "smolvlm"):
         visual, pixels = _idefics(model, item_kinds, case, g)
     else:
@@ -454,12 +537,10 @@ def visual_mask(model: tf.PreTrainedModel, batch: dict[str, torch.Tensor]) -> to
 
 def _placeholder(family: str, modality: str, item: list[int], ids: dict[str, int], g: torch.Generator) -> list[int]:
     """One item's tokens in the prompt. `item`: [count] or, where it has parts, their layout (see the makers below)."""
-    if family in LLAMA:
-        return [ids["<image>"]] * item[0]
     if family == "gemma3":
         start, end, newline = ids["<start_of_image>"], ids["<end_of_image>"], _newline(family)
         return [newline, newline, start, *[ids["<image_soft_token>"]] * item[0], end, newline, newline]
-    if family in ONEVISION:
+    if family in ANYRES or (family, modality) in STACKED:
         return [ids["<image>" if modality == "image" else "<video>"]] * item[0]
     if family in ("idefics3", "smolvlm"):
         rows, cols, per_tile = item
@@ -481,20 +562,24 @@ def _placeholder(family: str, modality: str, item: list[int], ids: dict[str, int
     return [start, *[pad] * (frames * per_frame), end]
 
 
-def _llava(
-    rows: list[list[int]], g: torch.Generator, channels: int = 3, side: int = 56
-) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    n = sum(map(len, rows))
-    return [[16]] * n, {"pixel_values": torch.randn(n, channels, side, side, generator=g)}
+def _stacked(family: str, modality: str, n: int, g: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    """`n` images of one size, or videos of 4 frames."""
+    side, channels = {"gemma3": 112, **dict.fromkeys(ONEVISION, 42)}.get(family, 56), 6 if family == "openvla" else 3
+    steps = (4,) if modality == "video" else ()
+    name = "pixel_values_videos" if steps else "pixel_values_images" if family == "video_llava" else "pixel_values"
+    return [[STACKED[family, modality]]] * n, {name: torch.randn(n, *steps, channels, side, side, generator=g)}
 
 
-def _onevision(
-    family: str, rows: list[list[int]], modality: str, g: torch.Generator
-) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    n = sum(map(len, rows))
-    if modality == "video":  # 4 frames pooled from 3 x 3 to 2 x 2; a newline at the end, or after each row
-        count = 4 * 4 + 1 if family == "llava_onevision" else 4 * 2 * (2 + 1)
-        return [[count]] * n, {"pixel_values_videos": torch.randn(n, 4, 3, 42, 42, generator=g)}
+def _next_images(rows: list[list[int]], g: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    sizes = [NEXT_SIZES[kind] for row in rows for kind in row]
+    patches = [torch.randn(1 + crops, 3, 56, 56, generator=g) for _, crops, _ in sizes]
+    return [[tokens] for _, _, tokens in sizes], {
+        "pixel_values": torch.nn.utils.rnn.pad_sequence(patches, batch_first=True),
+        "image_sizes": torch.tensor([size for size, _, _ in sizes]),
+    }
+
+
+def _onevision(rows: list[list[int]], g: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     # Per size: (height, width), tiles, tokens. A lone image is the 3 x 3 overview, then its grid with one newline per
     # row of the grid; the last size fills 4 of the 6 rows of its 2 x 2 tiles and is un-padded to these.
     sizes = [((42, 42), 1, 9 + 3 * (3 + 1)), ((42, 84), 2, 9 + 3 * (6 + 1)), ((56, 84), 4, 9 + 4 * (6 + 1))]

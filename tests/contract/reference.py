@@ -14,7 +14,7 @@ from mmtoken.compressors import Compressor, Context
 from mmtoken.engine.report import Report
 from mmtoken.tokens import VisualTokens
 from tests import oracle
-from tests.backbones.tiny_models import GEMMA, LLAMA, visual_mask
+from tests.backbones.tiny_models import NEXT, NEXT_SIZES, STACKED, visual_mask
 
 KeepPerLayer = Mapping[int, Tensor]
 
@@ -81,8 +81,14 @@ def evicted_by_layer(report: Report, keep: KeepPerLayer) -> dict[int, Tensor]:
 
 
 def separators(model: nn.Module, inputs: oracle.Inputs) -> Tensor:
-    """bool[B, L]: newline tokens among the visual ones, found as those whose embedding is the model's newline."""
+    """bool[B, L]: newline tokens among the visual ones, found as those whose embedding is the model's newline.
+
+    In Video-LLaVA the first token of each frame, its CLS.
+    """
     visual = visual_mask(model, inputs)
+    if model.config.model_type == "video_llava":
+        video = inputs["input_ids"] == model.config.video_token_id
+        return video & (video.cumsum(-1) % 17 == 1)
     newline = getattr(model.base_model, "image_newline", None)
     if newline is None:
         return torch.zeros_like(visual)
@@ -294,7 +300,7 @@ def alone(model: nn.Module, cell: tuple[str, str], inputs: oracle.Inputs, row: i
         if "second_per_grid_ts" in inputs:
             single["second_per_grid_ts"] = inputs["second_per_grid_ts"][first:last]
         return single
-    names = ("pixel_values", "pixel_values_videos", "image_sizes")
+    names = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_sizes")
     single |= {name: inputs[name][first:last] for name in names if name in inputs}
     if "batch_num_images" in inputs:
         single["batch_num_images"] = torch.tensor([last - first])
@@ -307,14 +313,14 @@ def _items(cell: tuple[str, str], inputs: oracle.Inputs, visual: Tensor, row: in
     if "batch_num_images" in inputs:
         numbers = iter(inputs["batch_num_images"].tolist())
         per_row = [next(numbers) if n else 0 for n in counts]
-    elif cell[0] in (*LLAMA, *GEMMA):
-        per_row = [n // 16 for n in counts]
-    elif cell == ("llava_onevision", "video"):
-        per_row = [n // 17 for n in counts]
-    elif cell == ("llava_video", "video"):
-        per_row = [n // 24 for n in counts]
+    elif cell in STACKED:
+        per_row = [n // STACKED[cell] for n in counts]
     else:
-        sizes = iter((inputs[f"{cell[1]}_grid_thw"].prod(-1) // 4).tolist())
+        if cell[0] in NEXT:
+            tokens = {size: number for size, _, number in NEXT_SIZES}
+            sizes = iter([tokens[height, width] for height, width in inputs["image_sizes"].tolist()])
+        else:
+            sizes = iter((inputs[f"{cell[1]}_grid_thw"].prod(-1) // 4).tolist())
         per_row = []
         for n in counts:
             items = 0

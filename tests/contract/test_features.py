@@ -18,7 +18,7 @@ from torch import Tensor
 from mmtoken.compressors import EVS, CDPruner, DyCoke, HoloV, PruMerge, STCPruner, VidCom2, VisPruner
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, GEMMA, visual_mask
+from tests.backbones.tiny_models import CELLS, GEMMA, TOKENWISE, visual_mask
 from tests.compressors import (
     test_cdpruner,
     test_dycoke,
@@ -29,7 +29,7 @@ from tests.compressors import (
     test_vidcom2,
     test_vispruner,
 )
-from tests.contract.matrix import COMPRESSORS, PATCHWISE, Cell, batch, logits, pairs, protected, tiny
+from tests.contract.matrix import COMPRESSORS, Cell, batch, logits, pairs, protected, tiny
 from tests.contract.test_merging import (
     IDEFICS,
     ZIPPED,
@@ -81,7 +81,7 @@ def facts(
     inputs, separators = batch(cell, case, seed), protected(cell, case, seed)
     embeds = projected(cell, case, seed)
     attention, keys = tower(cell, case, seed)
-    patches = _clip_patches(cell, case, seed) if cell[0] in PATCHWISE else None
+    patches = _clip_patches(cell, case, seed) if cell[0] in TOKENWISE else None
     text = inputs["attention_mask"].bool() & ~visual_mask(tiny(cell[0]), inputs)
     found, start = [], 0
     for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
@@ -289,7 +289,7 @@ def merged(
 def test_prumerge_keeps_and_merges_what_its_formulas_say(name: str, cell: Cell, case: str) -> None:
     report, items, wanted = merged(name, cell, case)
     assert report.tokens is not None
-    project = tiny(cell[0]).base_model.multi_modal_projector if cell[0] in PATCHWISE else lambda value: value
+    project = tiny(cell[0]).base_model.multi_modal_projector if cell[0] in TOKENWISE else lambda value: value
     for number, (item, (found, _)) in enumerate(zip(items, wanted, strict=True)):
         with torch.no_grad():
             want = {item.indices[i]: project(value.float()) for i, (value, _) in found.items()}

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS
+from tests.backbones.tiny_models import CELLS, TOKENWISE
 from tests.contract.matrix import (
     COMPRESSORS,
-    PATCHWISE,
     TILED,
     Cell,
     assert_close,
@@ -30,6 +29,8 @@ from tests.contract.reference import recording
 from tests.contract.test_selections import GAP, best, count_of, steps_of
 
 IDEFICS = ("smolvlm", "idefics3")
+CLIP = ("llava", "llava_next", "llava_next_video", "video_llava")
+"""Families whose tower has a CLS token, and whose projector reads the output of its last block but one."""
 QWEN = ("qwen2_5_vl", "qwen3_vl")
 
 
@@ -40,6 +41,13 @@ def unit_of(model: nn.Module) -> int:
         vision = config.vision_config
         return vision.image_size // vision.patch_size // math.isqrt(config.mm_tokens_per_image)
     return getattr(config, "scale_factor", 1)
+
+
+def tower_of(model: nn.Module, cell: Cell) -> nn.Module:
+    """The dense tower that encodes a cell's items."""
+    name = {"video_llava": f"{cell[1]}_tower", "smolvlm": "vision_model", "idefics3": "vision_model"}
+    tower: nn.Module = getattr(model.base_model, name.get(cell[0], "vision_tower"))
+    return tower
 
 
 def report_of(name: str, cell: Cell, case: str, seed: int = 1) -> Report:
@@ -72,7 +80,7 @@ def assert_same_features(got: dict[int, Tensor], want: dict[int, Tensor]) -> Non
 # ------------------------------------------------------------------------------------------------------ down-scaling
 
 # (rows, columns) that 0.4 of each grid is pooled to; a grid of None is a sequence without a shape.
-SMALLER = {(1, 4, 4): (2, 3), (1, 3, 3): (2, 2), (4, 2, 2): (1, 1)}
+SMALLER = {(1, 4, 4): (2, 3), (1, 3, 3): (2, 2), (4, 2, 2): (1, 1), (4, 4, 4): (2, 3)}
 
 
 def window(i: int, parts: int, total: int) -> range:
@@ -121,8 +129,7 @@ def tower_facts(cell: Cell, case: str, seed: int = 1) -> tuple[Tensor, Tensor]:
         weights = torch.einsum("thqd,thkd->thqk", query[:, :, :1], keys) * keys.shape[-1] ** -0.5
         # What CLS pays to the patches behind the registers.
         return weights.softmax(-1)[:, :, 0, 5:].sum(1).flatten(), keys.mean(1)[:, 5:].flatten(0, 1)
-    tower = model.base_model.vision_model if family in IDEFICS else model.base_model.vision_tower
-    block = tower.encoder.layers[-2 if family == "llava" else -1].self_attn
+    block = tower_of(model, cell).encoder.layers[-2 if family in CLIP else -1].self_attn
     seen: dict[str, Any] = {}
 
     def note(key: str) -> Any:
@@ -135,8 +142,15 @@ def tower_facts(cell: Cell, case: str, seed: int = 1) -> tuple[Tensor, Tensor]:
     weights, keys = seen["attention"][1], seen["keys"]
     heads = weights.shape[1]
     keys = keys.unflatten(-1, (heads, -1)).mean(-2)
-    if family == "llava":  # what CLS pays
-        return weights[:, :, 0, 1:].sum(1).flatten(), keys[:, 1:].flatten(0, 1)
+    if family in CLIP:  # what CLS pays
+        paid, keys = weights[:, :, 0, 1:].sum(1), keys[:, 1:]
+        if cell == ("video_llava", "video"):  # the CLS of each frame is in the prompt
+            paid, keys = nn.functional.pad(paid, (1, 0)), nn.functional.pad(keys, (0, 0, 1, 0))
+        if cell == ("llava_next_video", "video"):  # squares of 2 x 2 patches
+            squares = [[4 * y + x, 4 * y + x + 1, 4 * y + x + 4, 4 * y + x + 5] for y in (0, 2) for x in (0, 2)]
+            paid = torch.stack([paid[:, square].mean(1) for square in squares], 1)
+            keys = torch.stack([keys[:, square].mean(1) for square in squares], 1)
+        return paid.flatten(), keys.flatten(0, 1)
     real = weights.sum((1, 2)) > 0  # padding is looked at by nobody, and does not count among those who look
     received = (weights.sum(1) * real[..., None]).sum(1) / real.sum(-1, keepdim=True)
     if family == "llava_onevision":
@@ -240,7 +254,7 @@ def zipped(name: str, cell: Cell, case: str, seed: int, report: Report) -> tuple
     separators = protected(cell, case, seed)
     attention, keys = tower_facts(cell, case, seed)
     embeds = projected(cell, case, seed)
-    patches = _clip_patches(cell, case, seed) if family in PATCHWISE else None
+    patches = _clip_patches(cell, case, seed) if family in TOKENWISE else None
     start, gap = 0, math.inf
     left = []
     for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
@@ -287,13 +301,18 @@ def test_visionzip_keeps_and_merges_what_its_formulas_say(name: str, cell: Cell,
 
 @torch.no_grad()
 def _clip_patches(cell: Cell, case: str, seed: int = 1) -> Tensor:
-    """float[images * patches, D]: what the projector of the unmodified model gets, where it projects patch by patch."""
+    """float[images * patches, D]: what the projector of the unmodified model gets, where it maps patch by patch."""
     if cell[0] == "openvla":
         return tiny(cell[0]).vision_backbone(batch(cell, case, seed)["pixel_values"]).flatten(0, 1)
-    tower = tiny(cell[0]).base_model.vision_tower
-    output = tower(batch(cell, case, seed)["pixel_values"], output_hidden_states=True)
-    states = output.hidden_states[-2][:, 1:] if cell[0] == "llava" else output.last_hidden_state
-    return states.flatten(0, 1)
+    inputs = batch(cell, case, seed)
+    (pixels,) = [value for name, value in inputs.items() if name.startswith("pixel_values")]
+    if cell[1] == "video":
+        pixels = pixels.flatten(0, 1)
+    output = tower_of(tiny(cell[0]), cell)(pixels, output_hidden_states=True)
+    if cell[0] == "paligemma":
+        return output.last_hidden_state.flatten(0, 1)
+    states = output.hidden_states[-2]
+    return (states if cell[1] == "video" else states[:, 1:]).flatten(0, 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- ToMe
@@ -335,9 +354,8 @@ def merge_plainly(
 def test_tome_merges_between_blocks_as_its_formulas_say(name: str, cell: Cell) -> None:
     family, method = cell[0], COMPRESSORS[name]
     model, inputs = tiny(family), batch(cell, "plain")
-    tower = model.base_model.vision_model if family in IDEFICS else model.base_model.vision_tower
-    blocks = list(tower.encoder.layers)[: -1 if family == "llava" else None]
-    prefix = 1 if family == "llava" else 0
+    blocks = list(tower_of(model, cell).encoder.layers)[: -1 if family in CLIP else None]
+    prefix = 1 if family in CLIP else 0
     unit = unit_of(model)
     entered: list[tuple[Tensor, Any]] = []
     left: list[Tensor] = []
