@@ -104,6 +104,7 @@ _TOKENIZER_CLASSES = {
     "llava": "LlamaTokenizer",
     "llava_onevision": "Qwen2Tokenizer",
     "llava_video": "Qwen2Tokenizer",
+    "qwen2_vl": "Qwen2Tokenizer",
     "qwen2_5_vl": "Qwen2Tokenizer",
     "qwen3_vl": "Qwen2Tokenizer",
     "idefics3": "PreTrainedTokenizerFast",
@@ -187,6 +188,7 @@ CHAT_TEMPLATES: dict[str, str] = {
         _NAME, "<image>", "<video>", "<end_of_utterance>\n", "<|im_start|>", "Assistant:", media_first=False
     ),
 }  # fmt: skip
+CHAT_TEMPLATES["qwen2_vl"] = CHAT_TEMPLATES["qwen2_5_vl"]
 CHAT_TEMPLATES["llava_video"] = CHAT_TEMPLATES["llava_onevision"]
 
 
@@ -215,9 +217,10 @@ def _processor(family: str, tok: Any) -> Any:
             vision_feature_select_strategy="full",
             chat_template=template,
         )
-    if family == "qwen2_5_vl":
+    if family in ("qwen2_vl", "qwen2_5_vl"):
+        kind = tf.Qwen2VLProcessor if family == "qwen2_vl" else tf.Qwen2_5_VLProcessor
         unit = 28 * 28  # pixels of one merged token; 16 to 40 of these per image, 4 to 8 per video frame
-        return tf.Qwen2_5_VLProcessor(
+        return kind(
             tf.Qwen2VLImageProcessor(patch_size=14, size={"shortest_edge": 16 * unit, "longest_edge": 40 * unit}),
             tok,
             tf.Qwen2VLVideoProcessor(patch_size=14, size={"shortest_edge": 4 * unit, "longest_edge": 8 * unit}),

@@ -28,6 +28,7 @@ PROCESSORS = {
     "llava": "LlavaProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
     "llava_video": "LlavaVideoProcessor",
+    "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",
     "idefics3": "Idefics3Processor",
@@ -157,6 +158,7 @@ EXPECTED = {
     r"<fake_token_around_image><global-img>(<image>){9}<fake_token_around_image>What is shown\?<end_of_utterance>\n"
     r"Assistant:",
 }
+EXPECTED["qwen2_vl"] = EXPECTED["qwen2_5_vl"]
 
 
 def test_the_prompt_reads_as_upstream(family: str, loaded: Loaded) -> None:
@@ -185,4 +187,10 @@ def test_media_are_reproducible_and_differ() -> None:
 
 
 def test_every_video_family_is_covered() -> None:
-    assert set(video_families()) == {"llava_onevision", "llava_video", "qwen2_5_vl", "qwen3_vl"}
+    assert set(video_families()) == {
+        "llava_onevision",
+        "llava_video",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+    }

@@ -49,6 +49,7 @@ SPECIALS: dict[str, list[str]] = {
     "llava": ["<image>", "<pad>"],
     "llava_onevision": [*_QWEN, "<image>", "<video>"],
     "llava_video": [*_QWEN, "<image>", "<video>"],
+    "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
     "qwen3_vl": _QWEN_VL,
     "idefics3": [
@@ -68,6 +69,7 @@ _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
     "llava": ("<s>", "</s>", "<pad>", "<image>", None),
     "llava_onevision": (None, "<|im_end|>", "<|endoftext|>", "<image>", "<video>"),
     "llava_video": (None, "<|im_end|>", "<|endoftext|>", "<image>", "<video>"),
+    "qwen2_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "qwen2_5_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "qwen3_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "idefics3": ("<|begin_of_text|>", "<end_of_utterance>", "<|finetune_right_pad_id|>", "<image>", None),
@@ -84,12 +86,21 @@ LLAMA = ("llava", "openvla")
 ONEVISION = ("llava_onevision", "llava_video")
 """Families that differ in the layout of videos alone."""
 
+QWEN = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+)
+"""Families with a packed tower, whose number of visual tokens follows the size of the picture."""
+
 CELLS: list[tuple[str, str]] = [
     ("llava", "image"),
     ("llava_onevision", "image"),
     ("llava_onevision", "video"),
     ("llava_video", "image"),
     ("llava_video", "video"),
+    ("qwen2_vl", "image"),
+    ("qwen2_vl", "video"),
     ("qwen2_5_vl", "image"),
     ("qwen2_5_vl", "video"),
     ("qwen3_vl", "image"),
@@ -227,6 +238,15 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
+    if name == "qwen2_vl":
+        for key in ("intermediate_size", "out_hidden_size"):
+            del tower[key]
+        return tf.Qwen2VLConfig(
+            vision_config={**tower, "patch_size": 14, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+            text_config={**text, "rope_parameters": _mrope([2, 3, 3])},
+            tie_word_embeddings=False,
+            **vision_tokens,
+        )
     if name == "qwen2_5_vl":
         # windows of 2 x 2 merged units, so that one small image already has several windows
         return tf.Qwen2_5_VLConfig(
@@ -267,6 +287,7 @@ _MODELS: dict[str, type[tf.PreTrainedModel]] = {
     "llava": tf.LlavaForConditionalGeneration,
     "llava_onevision": tf.LlavaOnevisionForConditionalGeneration,
     "llava_video": LlavaVideoForConditionalGeneration,
+    "qwen2_vl": tf.Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": tf.Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": tf.Qwen3VLForConditionalGeneration,
     "idefics3": tf.Idefics3ForConditionalGeneration,
@@ -380,7 +401,7 @@ def inputs(
         "input_ids": torch.tensor([[role["pad"]] * (length - len(r)) + r for r in rows]),
         "attention_mask": torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows]),
     }
-    if family in ("qwen2_5_vl", "qwen3_vl"):
+    if family in QWEN:
         is_image, is_video = (out["input_ids"] == role[kind] for kind in ("image", "video"))
         out["mm_token_type_ids"] = is_image.long() + 2 * is_video.long()
     dtype = next(model.parameters()).dtype

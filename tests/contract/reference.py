@@ -14,7 +14,7 @@ from mmtoken.compressors import Compressor, Context
 from mmtoken.engine.report import Report
 from mmtoken.tokens import VisualTokens
 from tests import oracle
-from tests.backbones.tiny_models import LLAMA, visual_mask
+from tests.backbones.tiny_models import LLAMA, QWEN, visual_mask
 
 KeepPerLayer = Mapping[int, Tensor]
 
@@ -285,7 +285,7 @@ def alone(model: nn.Module, cell: tuple[str, str], inputs: oracle.Inputs, row: i
         tiles = inputs["pixel_values"][row].flatten(1).ne(0).any(-1)
         return single | {name: inputs[name][row : row + 1, tiles] for name in ("pixel_values", "pixel_attention_mask")}
     first, last = _items(cell, inputs, visual, row)
-    if family in ("qwen2_5_vl", "qwen3_vl"):
+    if family in QWEN:
         grid = f"{modality}_grid_thw"
         pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
         patches = inputs[grid].prod(-1)

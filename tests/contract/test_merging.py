@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, LLAMA
+from tests.backbones.tiny_models import CELLS, LLAMA, QWEN
 from tests.contract.matrix import (
     COMPRESSORS,
     TILED,
@@ -29,7 +29,6 @@ from tests.contract.reference import recording
 from tests.contract.test_selections import GAP, best, count_of, steps_of
 
 IDEFICS = ("smolvlm", "idefics3")
-QWEN = ("qwen2_5_vl", "qwen3_vl")
 
 
 def report_of(name: str, cell: Cell, case: str, seed: int = 1) -> Report:

@@ -17,8 +17,8 @@ from mmtoken.compressors.base import Compressor, Context, Need, Positions
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import VisualTokens
 from tests import oracle
-from tests.backbones.tiny_models import build, config, inputs, visual_mask
-from tests.engine.agreement import QWEN, assert_close, tiny
+from tests.backbones.tiny_models import QWEN, build, config, inputs, visual_mask
+from tests.engine.agreement import assert_close, tiny
 
 
 @dataclass(frozen=True)
