@@ -41,6 +41,7 @@ class Tower:
         mlp: attribute of a block that holds its MLP.
         mergers: modules that turn a packed sequence into projected tokens.
         window: side of an attention window in projected tokens, None without window attention.
+        masks_attention: whether a block's attention takes a mask but the block itself does not hand one on.
         pooling: the `nn.MultiheadAttention` that pools the output over all patches (SigLIP's head), None without one.
     """
 
@@ -61,6 +62,13 @@ class Tower:
     mergers: tuple[nn.Module, ...] = ()
     window: int | None = None
     pooling: nn.Module | None = None
+    masks_attention: bool = False
+
+    def grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of pictures float[..., H, W], for towers that are not packed."""
+        patch: Any = self.module.config.patch_size  # type: ignore[union-attr]
+        rows, columns = (patch, patch) if isinstance(patch, int) else patch
+        return pixels.shape[-2] // rows, pixels.shape[-1] // columns
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from mmtoken.backbones.bare import BareDecoder, BareTower
 from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.idefics3 import Idefics3
+from mmtoken.backbones.internvl import InternVL
 from mmtoken.backbones.llava import Llava
 from mmtoken.backbones.llava_onevision import LlavaOneVision
 from mmtoken.backbones.llava_video import LlavaVideo
@@ -20,6 +21,7 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     LlavaVideo,
     QwenVL,
     Idefics3,
+    InternVL,
     OpenVLA,
     BareDecoder,
     BareTower,

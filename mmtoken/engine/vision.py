@@ -114,6 +114,7 @@ class _Thread(threading.local):
     projecting: bool = False
     projected: VisualTokens | None = None
     length: int = 0
+    mask: Tensor | None = None
 
 
 @dataclass
@@ -147,6 +148,8 @@ class VisionHooks:
                 if inside and number < last:
                     names |= between.get(need, set())
             attention = getattr(block, tower.attention)
+            if inside and tower.masks_attention:
+                yield attention.register_forward_pre_hook(self._mask_attention, with_kwargs=True)
             for name in sorted(names):
                 hook = functools.partial(self._projected, name)
                 yield getattr(attention, name).register_forward_hook(hook)
@@ -191,8 +194,7 @@ class VisionHooks:
             grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
             call.runs.append(PackedRun(tower, grids))
             return
-        patch = module.config.patch_size
-        rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        rows, columns = tower.grid(pixels)
         call.runs.append(DenseRun(tower, rows * columns, (rows, columns), pixels.shape[0], pixels.device))
 
     def _context(self, run: TowerRun, tokens: VisualTokens, *, inside: bool) -> TowerContext:
@@ -252,7 +254,21 @@ class VisionHooks:
             hidden = run.shorten(hidden, left)
         kwargs = run.block_arguments(kwargs, method.size_bias)
         run.begin(number, kwargs, read=number in self._read)
+        if self.tower.masks_attention:
+            self._thread.mask = kwargs.get("attention_mask")
+            kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+            if self._thread.mask is not None and block.training and getattr(block, "gradient_checkpointing", False):
+                raise UnsupportedError(
+                    "gradient_checkpointing=True with masked patches: blocks of this tower take no mask, and the "
+                    "recomputation would run without it; disable checkpointing of the tower."
+                )
         return (hidden,), kwargs
+
+    def _mask_attention(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        mask, self._thread.mask = self._thread.mask, None
+        return None if mask is None else (args, {**kwargs, "attention_mask": mask})
 
     def _projected(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self._run is not None:

@@ -109,7 +109,21 @@ _TOKENIZER_CLASSES = {
     "qwen3_vl": "Qwen2Tokenizer",
     "idefics3": "PreTrainedTokenizerFast",
     "smolvlm": "GPT2Tokenizer",
+    "internvl": "Qwen2Tokenizer",
     "openvla": "LlamaTokenizer",
+}
+
+
+# Tokens that a family's processor asks its tokenizer for by name.
+_NAMED = {
+    "internvl": {
+        "extra_special_tokens": {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        }
+    }
 }
 
 
@@ -132,6 +146,7 @@ def _write_tokenizer(family: str, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     settings["tokenizer_class"] = _TOKENIZER_CLASSES[family]
+    settings |= _NAMED.get(family, {})
     path.write_text(json.dumps(settings, indent=2))
 
 
@@ -180,6 +195,10 @@ CHAT_TEMPLATES: dict[str, str] = {
     "qwen3_vl": _template(
         f"<|im_start|>{_ROLE}\n", _VISION.format("image"), _VISION.format("video"), "<|im_end|>\n", "",
         "<|im_start|>assistant\n", media_first=False,
+    ),
+    "internvl": _template(
+        f"<|im_start|>{_ROLE}\n", "<IMG_CONTEXT>\n", "<video>\n", "<|im_end|>\n", "", "<|im_start|>assistant\n",
+        media_first=False,
     ),
     "idefics3": _template(
         _NAME, "<image>", "", "<end_of_utterance>\n", "<|begin_of_text|>", "Assistant:", media_first=False
@@ -237,6 +256,15 @@ def _processor(family: str, tok: Any) -> Any:
         )
         video = tf.Qwen3VLVideoProcessor(size={"shortest_edge": 16 * unit, "longest_edge": 48 * unit})
         return tf.Qwen3VLProcessor(image, tok, video, chat_template=template)
+    if family == "internvl":
+        size = {"height": 56, "width": 56}
+        return tf.InternVLProcessor(
+            tf.GotOcr2ImageProcessor(size=size, max_patches=4),
+            tok,
+            tf.InternVLVideoProcessor(size=size),
+            image_seq_length=16,
+            chat_template=template,
+        )
     side, tokens = (56, 16) if family == "idefics3" else (48, 9)
     sizes = {"size": {"longest_edge": 2 * side}, "max_image_size": {"longest_edge": side}}
     if family == "idefics3":

@@ -31,6 +31,7 @@ PROCESSORS = {
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",
+    "internvl": "InternVLProcessor",
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
 }
@@ -150,6 +151,8 @@ EXPECTED = {
     "qwen2_5_vl": r"<\|im_start\|>system\nYou are a helpful assistant\.<\|im_end\|>\n<\|im_start\|>user\n"
     r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>What is shown\?<\|im_end\|>\n<\|im_start\|>assistant\n",
     "qwen3_vl": r"<\|im_start\|>user\n<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>What is shown\?<\|im_end\|>\n"
+    r"<\|im_start\|>assistant\n",
+    "internvl": r"<\|im_start\|>user\n<img>(<IMG_CONTEXT>)+</img>\nWhat is shown\?<\|im_end\|>\n"
     r"<\|im_start\|>assistant\n",
     "idefics3": r"<\|begin_of_text\|>User:<fake_token_around_image><row_1_col_1>(<image>){16}.*\n\n"
     r"<fake_token_around_image><global-img>(<image>){16}<fake_token_around_image>What is shown\?<end_of_utterance>\n"

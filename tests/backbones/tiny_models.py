@@ -60,6 +60,7 @@ SPECIALS: dict[str, list[str]] = {
         "<|endoftext|>", "<|im_start|>", "<|im_end|>",
         "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *_ROW_COL,
     ],
+    "internvl": [*_QWEN_VL, "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
     # Its tokenizer ends with the padding token; the placeholder is the next row of the table.
     "openvla": ["<PAD>", "<image>"],
 }  # fmt: skip
@@ -74,6 +75,7 @@ _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
     "qwen3_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "idefics3": ("<|begin_of_text|>", "<end_of_utterance>", "<|finetune_right_pad_id|>", "<image>", None),
     "smolvlm": ("<|im_start|>", "<end_of_utterance>", "<|im_end|>", "<image>", None),
+    "internvl": (None, "<|im_end|>", "<|endoftext|>", "<IMG_CONTEXT>", None),
     "openvla": ("<s>", "</s>", "<PAD>", "<image>", None),
 }
 
@@ -107,6 +109,7 @@ CELLS: list[tuple[str, str]] = [
     ("qwen3_vl", "video"),
     ("smolvlm", "image"),
     ("idefics3", "image"),
+    ("internvl", "image"),
     ("openvla", "image"),
 ]
 
@@ -210,6 +213,14 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
             video_token_index=role["video"],
             tie_word_embeddings=False,
         )
+    if name == "internvl":
+        return tf.InternVLConfig(
+            vision_config=_tower(3, image_size=[56, 56], patch_size=[7, 7]),
+            text_config=tf.Qwen2Config(**text),
+            image_token_id=role["image"],
+            image_seq_length=16,
+            tie_word_embeddings=False,
+        )
     if name == "openvla":
         return openvla.OpenVLAConfig(**OPENVLA, text_config={**text, "model_type": "llama"})
     if name in ("idefics3", "smolvlm"):
@@ -292,6 +303,7 @@ _MODELS: dict[str, type[tf.PreTrainedModel]] = {
     "qwen3_vl": tf.Qwen3VLForConditionalGeneration,
     "idefics3": tf.Idefics3ForConditionalGeneration,
     "smolvlm": tf.SmolVLMForConditionalGeneration,
+    "internvl": tf.InternVLForConditionalGeneration,
     "openvla": openvla.OpenVLAForActionPrediction,
     **_BARE,
 }
@@ -384,6 +396,8 @@ def inputs(
         visual, pixels = _onevision(family, item_kinds, modality, g)
     elif family in ("idefics3", "smolvlm"):
         visual, pixels = _idefics(model, item_kinds, case, g)
+    elif family == "internvl":
+        visual, pixels = _internvl(item_kinds, g)
     else:
         visual, pixels = _qwen(model, item_kinds, modality, g)
     rows: list[list[int]] = []
@@ -433,6 +447,8 @@ def _placeholder(family: str, modality: str, item: list[int], ids: dict[str, int
         if rows:
             out.append(newline)
         return [*out, fake, ids["<global-img>"], *[image] * per_tile, fake]
+    if family == "internvl":
+        return [ids["<img>"], *[ids["<IMG_CONTEXT>"]] * item[0], ids["</img>"]]
     start, end = ids["<|vision_start|>"], ids["<|vision_end|>"]
     pad = ids["<|image_pad|>" if modality == "image" else "<|video_pad|>"]
     frames, per_frame = item
@@ -495,6 +511,11 @@ def _idefics(
                 at += 1
     items = [[r, c, per_tile] for row in tiles for r, c in row]
     return items, {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+def _internvl(rows: list[list[int]], g: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    tiles = [[1, 3, 5][kind] for row in rows for kind in row]  # a picture, or its tiles and a thumbnail
+    return [[16 * n] for n in tiles], {"pixel_values": torch.randn(sum(tiles), 3, 56, 56, generator=g)}
 
 
 def _qwen(

@@ -307,7 +307,7 @@ def _items(cell: tuple[str, str], inputs: oracle.Inputs, visual: Tensor, row: in
     if "batch_num_images" in inputs:
         numbers = iter(inputs["batch_num_images"].tolist())
         per_row = [next(numbers) if n else 0 for n in counts]
-    elif cell[0] in LLAMA:
+    elif cell[0] in (*LLAMA, "internvl"):
         per_row = [n // 16 for n in counts]
     elif cell == ("llava_onevision", "video"):
         per_row = [n // 17 for n in counts]
