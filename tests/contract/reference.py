@@ -16,6 +16,10 @@ from mmtoken.tokens import VisualTokens
 from tests import oracle
 from tests.backbones.tiny_models import LLAMA, QWEN, visual_mask
 
+IDEFICS = ("smolvlm", "idefics3")
+CLS = ("llava", "internvl")
+"""Families whose tower is dense and has a CLS token."""
+
 KeepPerLayer = Mapping[int, Tensor]
 
 
@@ -78,6 +82,32 @@ def evicted_by_layer(report: Report, keep: KeepPerLayer) -> dict[int, Tensor]:
                 seen[row, head, places[gone]] = False
         masks[site.layer] = seen
     return masks
+
+
+def tower_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a dense tower."""
+    family = model.config.model_type
+    tower = model.base_model.vision_model if family in IDEFICS else model.base_model.vision_tower
+    blocks = tower.encoder.layer if family == "internvl" else tower.encoder.layers
+    return list(blocks)
+
+
+def read_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a dense tower, up to the one that the projector reads."""
+    return tower_blocks(model)[: -1 if model.config.model_type == "llava" else None]
+
+
+def attention_in(block: nn.Module) -> nn.Module:
+    """The attention of a block of a dense tower."""
+    attention: nn.Module = block.attention if hasattr(block, "attention") else block.self_attn
+    return attention
+
+
+def unit_of(model: nn.Module) -> int:
+    """The side of the square of patches that a dense tower's projector turns into one token."""
+    if model.config.model_type == "internvl":
+        return round(1 / model.config.downsample_ratio)
+    return model.config.scale_factor if model.config.model_type in IDEFICS else 1
 
 
 def separators(model: nn.Module, inputs: oracle.Inputs) -> Tensor:

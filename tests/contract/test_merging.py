@@ -25,10 +25,8 @@ from tests.contract.matrix import (
     protected,
     tiny,
 )
-from tests.contract.reference import recording
+from tests.contract.reference import CLS, attention_in, read_blocks, recording, unit_of
 from tests.contract.test_selections import GAP, best, count_of, steps_of
-
-IDEFICS = ("smolvlm", "idefics3")
 
 
 def report_of(name: str, cell: Cell, case: str, seed: int = 1) -> Report:
@@ -110,8 +108,7 @@ def tower_facts(cell: Cell, case: str, seed: int = 1) -> tuple[Tensor, Tensor]:
         weights = torch.einsum("thqd,thkd->thqk", query[:, :, :1], keys) * keys.shape[-1] ** -0.5
         # What CLS pays to the patches behind the registers.
         return weights.softmax(-1)[:, :, 0, 5:].sum(1).flatten(), keys.mean(1)[:, 5:].flatten(0, 1)
-    tower = model.base_model.vision_model if family in IDEFICS else model.base_model.vision_tower
-    block = tower.encoder.layers[-2 if family == "llava" else -1].self_attn
+    block = attention_in(read_blocks(model)[-1])
     seen: dict[str, Any] = {}
 
     def note(key: str) -> Any:
@@ -126,8 +123,11 @@ def tower_facts(cell: Cell, case: str, seed: int = 1) -> tuple[Tensor, Tensor]:
     keys = keys.unflatten(-1, (heads, -1)).mean(-2)
     if family == "llava":  # what CLS pays
         return weights[:, :, 0, 1:].sum(1).flatten(), keys[:, 1:].flatten(0, 1)
-    real = weights.sum((1, 2)) > 0  # padding is looked at by nobody, and does not count among those who look
-    received = (weights.sum(1) * real[..., None]).sum(1) / real.sum(-1, keepdim=True)
+    if family in CLS:
+        received, keys = weights[:, :, 0, 1:].sum(1), keys[:, 1:]
+    else:
+        real = weights.sum((1, 2)) > 0  # padding is looked at by nobody, and does not count among those who look
+        received = (weights.sum(1) * real[..., None]).sum(1) / real.sum(-1, keepdim=True)
     if family == "llava_onevision":
         pool = model.base_model.apply_pooling
         videos = inputs["pixel_values_videos"].shape[0]
@@ -142,7 +142,7 @@ def tower_facts(cell: Cell, case: str, seed: int = 1) -> tuple[Tensor, Tensor]:
         pooled = nn.functional.pad(pooled.reshape(-1, 2, pooled.shape[-1]), (0, 0, 0, 1)).flatten(0, 1)
         return pooled[:, 0], pooled[:, 1:]
     side = math.isqrt(received.shape[1])
-    unit = model.config.scale_factor
+    unit = unit_of(model)
     squares = [
         [(y + dy) * side + x + dx for dy in range(unit) for dx in range(unit)]
         for y in range(0, side, unit)
@@ -323,16 +323,18 @@ def merge_plainly(
 def test_tome_merges_between_blocks_as_its_formulas_say(name: str, cell: Cell) -> None:
     family, method = cell[0], COMPRESSORS[name]
     model, inputs = tiny(family), batch(cell, "plain")
-    tower = model.base_model.vision_model if family in IDEFICS else model.base_model.vision_tower
-    blocks = list(tower.encoder.layers)[: -1 if family == "llava" else None]
-    prefix = 1 if family == "llava" else 0
-    unit = model.config.scale_factor if family in IDEFICS else 1
-    entered: list[tuple[Tensor, Any]] = []
+    blocks, prefix, unit = read_blocks(model), int(family in CLS), unit_of(model)
+    entered: list[Tensor] = []
     left: list[Tensor] = []
     keys: list[Tensor] = []
 
+    masks: list[Any] = []
+
     def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append((args[0], kwargs.get("attention_mask")))
+        entered.append(args[0])
+
+    def masking(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        masks.append(kwargs.get("attention_mask"))
 
     with compress(model, method) as session:
         handles = [block.register_forward_pre_hook(entering, with_kwargs=True) for block in blocks]
@@ -340,13 +342,14 @@ def test_tome_merges_between_blocks_as_its_formulas_say(name: str, cell: Cell) -
             block.register_forward_hook(lambda m, a, out: left.append(out if isinstance(out, Tensor) else out[0]))
             for block in blocks
         ]
+        handles += [attention_in(block).register_forward_pre_hook(masking, with_kwargs=True) for block in blocks]
         handles += [
-            block.self_attn.k_proj.register_forward_hook(lambda m, a, out: keys.append(out)) for block in blocks
+            attention_in(block).k_proj.register_forward_hook(lambda m, a, out: keys.append(out)) for block in blocks
         ]
         logits(model, inputs)
         for handle in handles:
             handle.remove()
-    side = math.isqrt(entered[0][0].shape[1] - prefix)
+    side = math.isqrt(entered[0].shape[1] - prefix)
     tokens = (side // unit) ** 2
     members = {
         ty * (side // unit) + tx: [(ty * unit + dy) * side + tx * unit + dx for dy in range(unit) for dx in range(unit)]
@@ -356,7 +359,7 @@ def test_tome_merges_between_blocks_as_its_formulas_say(name: str, cell: Cell) -
     final = count_of(method.keep, tokens, 1)
     last = len(blocks) - 1
     heads = model.config.vision_config.num_attention_heads
-    for tile in range(entered[0][0].shape[0]):
+    for tile in range(entered[0].shape[0]):
         ids, sizes = list(range(tokens)), dict.fromkeys(range(tokens), 1.0)
         for number in range(1, len(blocks)):
             target = tokens - math.floor((tokens - final) * number / last + 0.5)
@@ -370,7 +373,7 @@ def test_tome_merges_between_blocks_as_its_formulas_say(name: str, cell: Cell) -
             patches = {}
             for i in ids:
                 patches |= dict(zip(members[i], values[i].chunk(unit * unit), strict=True))
-            hidden, mask = entered[number]
+            hidden, mask = entered[number], masks[number]
             assert_close(hidden[tile, prefix:], torch.stack([patches[patch] for patch in sorted(patches)]))
             # equation 1: attention to a merged token weighs as much as the tokens it stands for
             of_patch = {patch: sizes[i] for i in ids for patch in members[i]}
