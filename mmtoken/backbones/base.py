@@ -64,12 +64,6 @@ class Tower:
     pooling: nn.Module | None = None
     masks_attention: bool = False
 
-    def grid(self, pixels: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of pictures float[..., H, W], for towers that are not packed."""
-        patch: Any = self.module.config.patch_size  # type: ignore[union-attr]
-        rows, columns = (patch, patch) if isinstance(patch, int) else patch
-        return pixels.shape[-2] // rows, pixels.shape[-1] // columns
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -125,6 +119,15 @@ class Backbone(ABC):
     @abstractmethod
     def tower(self) -> Tower | None:
         """The vision tower, None for a bare decoder."""
+
+    def patch_grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of pictures float[tiles, C, H, W]."""
+        tower = self.tower()
+        assert tower is not None
+        module: Any = tower.module
+        patch = module.config.patch_size
+        rows, columns = (patch, patch) if isinstance(patch, int) else patch
+        return pixels.shape[-2] // rows, pixels.shape[-1] // columns
 
     def projector(self) -> nn.Module | None:
         """The module that maps patches to the decoder's width; only needed where `tokenwise_projector` holds."""

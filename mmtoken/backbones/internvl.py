@@ -44,7 +44,7 @@ class InternVL(Backbone):
 
     def layout(self, modality: Modality, call: Mapping[str, Any], tiles: int) -> Layout:
         pixels = call["pixel_values"]
-        rows, columns = (side // self._unit() for side in self.tower().grid(pixels))
+        rows, columns = (side // self._unit() for side in self.patch_grid(pixels))
         flags = prefix_flags(tiles * rows * columns, pixels.device)
         return Layout([rows * columns] * tiles, ((1, rows, columns),) * tiles, flags)
 
@@ -60,7 +60,7 @@ class InternVL(Backbone):
         return found
 
     def to_prompt(self, modality: Modality, call: Mapping[str, Any], values: Tensor) -> Tensor:
-        return unit_mean(values, *self.tower().grid(call["pixel_values"]), self._unit()).flatten(0, 1)
+        return unit_mean(values, *self.patch_grid(call["pixel_values"]), self._unit()).flatten(0, 1)
 
     def item_pixels(self, modality: Modality, call: Mapping[str, Any]) -> list[Tensor]:
         return list(call["pixel_values"])

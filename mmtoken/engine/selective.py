@@ -107,7 +107,7 @@ class ReuseHooks:
             grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
             shapes = [(t, (h, w)) for t, h, w in grids.tolist()]
         else:
-            tiles, grid = len(pixels), self.tower.grid(pixels)
+            tiles, grid = len(pixels), self.session.backbone.patch_grid(pixels)
             if call is not None and moving:
                 lengths = [len(clip) for clip in self.session.backbone.clips(call.arguments)]
             elif states and tiles % len(states) == 0:  # a tower by itself

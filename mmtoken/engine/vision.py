@@ -194,7 +194,7 @@ class VisionHooks:
             grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
             call.runs.append(PackedRun(tower, grids))
             return
-        rows, columns = tower.grid(pixels)
+        rows, columns = self.session.backbone.patch_grid(pixels)
         call.runs.append(DenseRun(tower, rows * columns, (rows, columns), pixels.shape[0], pixels.device))
 
     def _context(self, run: TowerRun, tokens: VisualTokens, *, inside: bool) -> TowerContext:
