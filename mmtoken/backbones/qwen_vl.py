@@ -12,13 +12,14 @@ from mmtoken.backbones.base import Backbone, Layout, Modality, Tower, prefix_fla
 
 
 class QwenVL(Backbone):
-    """`Qwen2VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration` and `Qwen3VLForConditionalGeneration`."""
+    """`Qwen2VLForConditionalGeneration` and its successors Qwen2.5-VL, Qwen3-VL and Qwen3-VL-MoE."""
 
     name: ClassVar[str] = "Qwen2-VL / Qwen2.5-VL / Qwen3-VL"
     model_types: ClassVar[tuple[str, ...]] = (
         "qwen2_vl",
         "qwen2_5_vl",
         "qwen3_vl",
+        "qwen3_vl_moe",
     )
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
     dynamic_resolution: ClassVar[bool] = True
@@ -100,4 +101,4 @@ class QwenVL(Backbone):
 
 
 def _has_deepstack(model: Any) -> bool:
-    return bool(model.config.model_type == "qwen3_vl")
+    return bool(model.config.model_type in ("qwen3_vl", "qwen3_vl_moe"))

@@ -107,6 +107,7 @@ _TOKENIZER_CLASSES = {
     "qwen2_vl": "Qwen2Tokenizer",
     "qwen2_5_vl": "Qwen2Tokenizer",
     "qwen3_vl": "Qwen2Tokenizer",
+    "qwen3_vl_moe": "Qwen2Tokenizer",
     "idefics3": "PreTrainedTokenizerFast",
     "smolvlm": "GPT2Tokenizer",
     "internvl": "Qwen2Tokenizer",
@@ -208,6 +209,7 @@ CHAT_TEMPLATES: dict[str, str] = {
     ),
 }  # fmt: skip
 CHAT_TEMPLATES["qwen2_vl"] = CHAT_TEMPLATES["qwen2_5_vl"]
+CHAT_TEMPLATES["qwen3_vl_moe"] = CHAT_TEMPLATES["qwen3_vl"]
 CHAT_TEMPLATES["llava_video"] = CHAT_TEMPLATES["llava_onevision"]
 
 
@@ -245,7 +247,7 @@ def _processor(family: str, tok: Any) -> Any:
             tf.Qwen2VLVideoProcessor(patch_size=14, size={"shortest_edge": 4 * unit, "longest_edge": 8 * unit}),
             chat_template=template,
         )
-    if family == "qwen3_vl":
+    if family in ("qwen3_vl", "qwen3_vl_moe"):
         unit = 32 * 32  # its video limits count the pixels of all frames
         half = [0.5, 0.5, 0.5]
         image = tf.Qwen2VLImageProcessor(

@@ -31,6 +31,7 @@ PROCESSORS = {
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",
+    "qwen3_vl_moe": "Qwen3VLProcessor",
     "internvl": "InternVLProcessor",
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
@@ -161,6 +162,7 @@ EXPECTED = {
     r"<fake_token_around_image><global-img>(<image>){9}<fake_token_around_image>What is shown\?<end_of_utterance>\n"
     r"Assistant:",
 }
+EXPECTED["qwen3_vl_moe"] = EXPECTED["qwen3_vl"]
 EXPECTED["qwen2_vl"] = EXPECTED["qwen2_5_vl"]
 
 
@@ -196,4 +198,5 @@ def test_every_video_family_is_covered() -> None:
         "qwen2_vl",
         "qwen2_5_vl",
         "qwen3_vl",
+        "qwen3_vl_moe",
     }

@@ -52,6 +52,7 @@ SPECIALS: dict[str, list[str]] = {
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
     "qwen3_vl": _QWEN_VL,
+    "qwen3_vl_moe": _QWEN_VL,
     "idefics3": [
         "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>",
         "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *_ROW_COL,
@@ -73,6 +74,7 @@ _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
     "qwen2_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "qwen2_5_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "qwen3_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
+    "qwen3_vl_moe": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "idefics3": ("<|begin_of_text|>", "<end_of_utterance>", "<|finetune_right_pad_id|>", "<image>", None),
     "smolvlm": ("<|im_start|>", "<end_of_utterance>", "<|im_end|>", "<image>", None),
     "internvl": (None, "<|im_end|>", "<|endoftext|>", "<IMG_CONTEXT>", None),
@@ -92,6 +94,7 @@ QWEN = (
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
+    "qwen3_vl_moe",
 )
 """Families with a packed tower, whose number of visual tokens follows the size of the picture."""
 
@@ -107,6 +110,8 @@ CELLS: list[tuple[str, str]] = [
     ("qwen2_5_vl", "video"),
     ("qwen3_vl", "image"),
     ("qwen3_vl", "video"),
+    ("qwen3_vl_moe", "image"),
+    ("qwen3_vl_moe", "video"),
     ("smolvlm", "image"),
     ("idefics3", "image"),
     ("internvl", "image"),
@@ -266,7 +271,11 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
             tie_word_embeddings=False,
             **vision_tokens,
         )
-    return tf.Qwen3VLConfig(
+    kind = tf.Qwen3VLConfig
+    if name == "qwen3_vl_moe":
+        kind = tf.Qwen3VLMoeConfig
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    return kind(
         vision_config={**tower, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]},
         text_config={**text, "head_dim": 16, "rope_parameters": _mrope([4, 2, 2], mrope_interleaved=True)},
         tie_word_embeddings=False,
@@ -301,6 +310,7 @@ _MODELS: dict[str, type[tf.PreTrainedModel]] = {
     "qwen2_vl": tf.Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": tf.Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": tf.Qwen3VLForConditionalGeneration,
+    "qwen3_vl_moe": tf.Qwen3VLMoeForConditionalGeneration,
     "idefics3": tf.Idefics3ForConditionalGeneration,
     "smolvlm": tf.SmolVLMForConditionalGeneration,
     "internvl": tf.InternVLForConditionalGeneration,
@@ -327,7 +337,7 @@ def build(
                 # wrong position would go unnoticed: make every linear map keep roughly unit scale, and move biases
                 # and norms off their constants.
                 if p.ndim >= 2 and "embed" not in key:
-                    fan_in = p[0].numel()
+                    fan_in = p.shape[-1] if "experts" in key else p[0].numel()
                     p.normal_(0.0, 1.0 / fan_in**0.5)
                 elif p.ndim >= 2 or "class_embedding" in key or "image_newline" in key:
                     p.normal_(0.0, 1.0)
@@ -452,7 +462,7 @@ def _placeholder(family: str, modality: str, item: list[int], ids: dict[str, int
     start, end = ids["<|vision_start|>"], ids["<|vision_end|>"]
     pad = ids["<|image_pad|>" if modality == "image" else "<|video_pad|>"]
     frames, per_frame = item
-    if family == "qwen3_vl" and modality == "video":  # "<0.5 seconds>" before each temporal patch
+    if family in ("qwen3_vl", "qwen3_vl_moe") and modality == "video":  # "<0.5 seconds>" before each temporal patch
         parts = [[*_words(3, g), start, *[pad] * per_frame, end] for _ in range(frames)]
         return [start, *itertools.chain.from_iterable(parts), end]
     return [start, *[pad] * (frames * per_frame), end]
