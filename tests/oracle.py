@@ -152,7 +152,7 @@ def manual_loop(model: nn.Module, inputs: Inputs, steps: int = 6) -> Generated:
     Qwen-VL needs the mask to stay away in decode steps (it raises on a 2-D mask longer than its input when no
     `position_ids` are given), so for this family an unpadded batch is required and no mask is passed.
     """
-    needs_no_mask = model.config.model_type in ("qwen2_5_vl", "qwen3_vl")
+    needs_no_mask = model.config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     mask = inputs["attention_mask"]
     if needs_no_mask and not bool(mask.all()):
         raise NotImplementedError("Qwen-VL cannot decode a padded batch by plain forward calls without position ids")

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.backbones.tiny_models import CASES, CELLS, build, inputs, visual_mask
+from tests.backbones.tiny_models import CASES, CELLS, QWEN, build, inputs, visual_mask
 
 CELL_IDS = [f"{family}-{modality}" for family, modality in CELLS]
 cells = pytest.mark.parametrize(("family", "modality"), CELLS, ids=CELL_IDS)
-QWEN = ("qwen2_5_vl", "qwen3_vl")
 TOLERANCE = 1e-5  # float32, logits of unit scale
 
 

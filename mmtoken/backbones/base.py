@@ -41,6 +41,7 @@ class Tower:
         sequential: whether a block is attention and then MLP, each behind its norm and added to what it was given.
         mergers: modules that turn a packed sequence into projected tokens.
         window: side of an attention window in projected tokens, None without window attention.
+        masks_attention: whether a block's attention takes a mask but the block itself does not hand one on.
         pooling: the `nn.MultiheadAttention` that pools the output over all patches (SigLIP's head), None without one.
         split: queries, keys and values float[tiles, S, H * d], before rotation, of an attention and of what enters it,
             where it has no module for each; None: what `queries`, `keys` and `values` put out.
@@ -82,6 +83,7 @@ class Tower:
     entries: tuple[str, ...] = ()
     closed: tuple[str, ...] = ()
     pools: bool = False
+    masks_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,9 @@ class Backbone(ABC):
         tower = self.tower()
         assert tower is not None
         module: Any = tower.module
-        patch: int = module.config.patch_size
-        return pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        patch = module.config.patch_size
+        rows, columns = (patch, patch) if isinstance(patch, int) else patch
+        return pixels.shape[-2] // rows, pixels.shape[-1] // columns
 
     def widths(self) -> tuple[int, int]:
         """Channels of the tower's states, and of what the projector reads."""

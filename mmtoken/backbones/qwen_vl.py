@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: one packed sequence of patches, 2x2 merger, three-axis rotary positions."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: one packed sequence of patches, 2x2 merger, three-axis rotary positions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from mmtoken.backbones.base import Backbone, Layout, Modality, Tower, prefix_fla
 
 
 class QwenVL(Backbone):
-    """`Qwen2_5_VLForConditionalGeneration` and `Qwen3VLForConditionalGeneration`."""
+    """`Qwen2VLForConditionalGeneration` and its successors Qwen2.5-VL, Qwen3-VL and Qwen3-VL-MoE."""
 
-    name: ClassVar[str] = "Qwen2.5-VL / Qwen3-VL"
-    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen3_vl")
+    name: ClassVar[str] = "Qwen2-VL / Qwen2.5-VL / Qwen3-VL"
+    model_types: ClassVar[tuple[str, ...]] = (
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+    )
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
     dynamic_resolution: ClassVar[bool] = True
 
@@ -42,6 +47,12 @@ class QwenVL(Backbone):
             mergers=(visual.merger, *(visual.deepstack_merger_list if _has_deepstack(self.model) else ())),
             window=window,
         )
+
+    def widths(self) -> tuple[int, int]:
+        config = self.model.config.vision_config
+        # Qwen2-VL calls the decoder's width the `hidden_size` of its tower.
+        width = config.embed_dim if self.model.config.model_type == "qwen2_vl" else config.hidden_size
+        return int(width), int(width)
 
     @staticmethod
     def _grids(modality: Modality, call: Mapping[str, Any]) -> list[list[int]]:
@@ -90,4 +101,4 @@ class QwenVL(Backbone):
 
 
 def _has_deepstack(model: Any) -> bool:
-    return bool(model.config.model_type == "qwen3_vl")
+    return bool(model.config.model_type in ("qwen3_vl", "qwen3_vl_moe"))

@@ -13,6 +13,7 @@ from mmtoken.backbones.bare import BareDecoder, BareTower
 from mmtoken.backbones.base import Backbone
 from mmtoken.backbones.gemma import Gemma3, PaliGemma
 from mmtoken.backbones.idefics3 import Idefics3
+from mmtoken.backbones.internvl import InternVL
 from mmtoken.backbones.llava import Llava
 from mmtoken.backbones.llava_next import LlavaNext, LlavaNextVideo
 from mmtoken.backbones.llava_onevision import LlavaOneVision
@@ -33,6 +34,7 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     LlavaVideo,
     QwenVL,
     Idefics3,
+    InternVL,
     OpenVLA,
     Gemma3,
     PaliGemma,

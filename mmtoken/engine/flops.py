@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes that the count needs; widths in features."""
+    """The sizes that the count needs; widths in features, that of the MLP as a token sees it on average over layers."""
 
     layers: int
     width: int
@@ -19,17 +19,28 @@ class DecoderShape:
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> DecoderShape:
-        """Read a Hugging Face text config (gated MLP assumed, as in Llama and Qwen)."""
+        """Read a Hugging Face text config; gated MLP as in Llama and Qwen, of experts those that a token visits."""
         heads = config.num_attention_heads
         head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         return cls(
             layers=config.num_hidden_layers,
             width=config.hidden_size,
-            mlp_width=config.intermediate_size,
+            mlp_width=_mlp_width(config),
             query_width=heads * head_width,
             key_width=key_heads * head_width,
         )
+
+
+def _mlp_width(config: PreTrainedConfig) -> int:
+    visited = getattr(config, "num_experts_per_tok", None)
+    if not visited or not getattr(config, "moe_intermediate_size", None):
+        return int(config.intermediate_size)
+    layers, dense = config.num_hidden_layers, set(getattr(config, "mlp_only_layers", None) or ())
+    step = getattr(config, "decoder_sparse_step", 1)
+    sparse = sum(number not in dense and (number + 1) % step == 0 for number in range(layers))
+    width = sparse * visited * config.moe_intermediate_size + (layers - sparse) * config.intermediate_size
+    return int(width / layers + 0.5)
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,7 @@ class ReuseHooks:
             grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
             shapes = [(t, (h, w)) for t, h, w in grids.tolist()]
         else:
-            patch, tiles = module.config.patch_size, len(pixels)
-            grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+            tiles, grid = len(pixels), self.session.backbone.patch_grid(pixels)
             if call is not None and moving:
                 lengths = [len(clip) for clip in self.session.backbone.clips(call.arguments)]
             elif states and tiles % len(states) == 0:  # a tower by itself

@@ -131,6 +131,7 @@ class _Thread(threading.local):
     length: int = 0
     long: tuple[int, ...] = ()
     last: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Replaced:
@@ -217,6 +218,8 @@ class VisionHooks:
             if names and tower.split is not None:
                 yield attention.register_forward_pre_hook(self._enter_attention, with_kwargs=True)
                 names = set()
+            if inside and tower.masks_attention:
+                yield attention.register_forward_pre_hook(self._mask_attention, with_kwargs=True)
             for name in sorted(names):
                 hook = functools.partial(self._projected, name)
                 yield getattr(attention, name).register_forward_hook(hook)
@@ -336,6 +339,14 @@ class VisionHooks:
         run.begin(number, kwargs, read=number in self._read)
         if self._cuts and method.tower_cut == "mlp" and number <= self.tower.feature_block:
             hidden = self._with_guests(run, number, hidden, kwargs)
+        if self.tower.masks_attention:
+            self._thread.mask = kwargs.get("attention_mask")
+            kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+            if self._thread.mask is not None and block.training and getattr(block, "gradient_checkpointing", False):
+                raise UnsupportedError(
+                    "gradient_checkpointing=True with masked patches: blocks of this tower take no mask, and the "
+                    "recomputation would run without it; disable checkpointing of the tower."
+                )
         return (hidden,), kwargs
 
     def _choose(self, run: TowerRun, number: int, hidden: Tensor) -> VisualTokens:
@@ -386,6 +397,12 @@ class VisionHooks:
         if run is None:
             return None
         return run.left_of(output) if isinstance(output, Tensor) else (run.left_of(output[0]), *output[1:])
+
+    def _mask_attention(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        mask, self._thread.mask = self._thread.mask, None
+        return None if mask is None else (args, {**kwargs, "attention_mask": mask})
 
     def _projected(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self._run is not None:

@@ -117,11 +117,27 @@ _TOKENIZER_CLASSES = {
     "video_llava": "LlamaTokenizer",
     "llava_onevision": "Qwen2Tokenizer",
     "llava_video": "Qwen2Tokenizer",
+    "qwen2_vl": "Qwen2Tokenizer",
     "qwen2_5_vl": "Qwen2Tokenizer",
     "qwen3_vl": "Qwen2Tokenizer",
+    "qwen3_vl_moe": "Qwen2Tokenizer",
     "idefics3": "PreTrainedTokenizerFast",
     "smolvlm": "GPT2Tokenizer",
+    "internvl": "Qwen2Tokenizer",
     "openvla": "LlamaTokenizer",
+}
+
+
+# Tokens that a family's processor asks its tokenizer for by name.
+_NAMED = {
+    "internvl": {
+        "extra_special_tokens": {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        }
+    }
 }
 
 
@@ -144,6 +160,7 @@ def _write_tokenizer(family: str, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     settings["tokenizer_class"] = _TOKENIZER_CLASSES[family]
+    settings |= _NAMED.get(family, {})
     path.write_text(json.dumps(settings, indent=2))
 
 
@@ -193,6 +210,10 @@ CHAT_TEMPLATES: dict[str, str] = {
         f"<|im_start|>{_ROLE}\n", _VISION.format("image"), _VISION.format("video"), "<|im_end|>\n", "",
         "<|im_start|>assistant\n", media_first=False,
     ),
+    "internvl": _template(
+        f"<|im_start|>{_ROLE}\n", "<IMG_CONTEXT>\n", "<video>\n", "<|im_end|>\n", "", "<|im_start|>assistant\n",
+        media_first=False,
+    ),
     "idefics3": _template(
         _NAME, "<image>", "", "<end_of_utterance>\n", "<|begin_of_text|>", "Assistant:", media_first=False
     ),
@@ -203,6 +224,8 @@ CHAT_TEMPLATES: dict[str, str] = {
 CHAT_TEMPLATES["llava_next"] = CHAT_TEMPLATES["llava"]
 CHAT_TEMPLATES["llava_next_video"] = CHAT_TEMPLATES["llava"]
 CHAT_TEMPLATES["video_llava"] = CHAT_TEMPLATES["llava"]
+CHAT_TEMPLATES["qwen2_vl"] = CHAT_TEMPLATES["qwen2_5_vl"]
+CHAT_TEMPLATES["qwen3_vl_moe"] = CHAT_TEMPLATES["qwen3_vl"]
 CHAT_TEMPLATES["llava_video"] = CHAT_TEMPLATES["llava_onevision"]
 
 
@@ -247,15 +270,16 @@ def _processor(family: str, tok: Any) -> Any:
             vision_feature_select_strategy="full",
             chat_template=template,
         )
-    if family == "qwen2_5_vl":
+    if family in ("qwen2_vl", "qwen2_5_vl"):
+        kind = tf.Qwen2VLProcessor if family == "qwen2_vl" else tf.Qwen2_5_VLProcessor
         unit = 28 * 28  # pixels of one merged token; 16 to 40 of these per image, 4 to 8 per video frame
-        return tf.Qwen2_5_VLProcessor(
+        return kind(
             tf.Qwen2VLImageProcessor(patch_size=14, size={"shortest_edge": 16 * unit, "longest_edge": 40 * unit}),
             tok,
             tf.Qwen2VLVideoProcessor(patch_size=14, size={"shortest_edge": 4 * unit, "longest_edge": 8 * unit}),
             chat_template=template,
         )
-    if family == "qwen3_vl":
+    if family in ("qwen3_vl", "qwen3_vl_moe"):
         unit = 32 * 32  # its video limits count the pixels of all frames
         half = [0.5, 0.5, 0.5]
         image = tf.Qwen2VLImageProcessor(
@@ -266,6 +290,15 @@ def _processor(family: str, tok: Any) -> Any:
         )
         video = tf.Qwen3VLVideoProcessor(size={"shortest_edge": 16 * unit, "longest_edge": 48 * unit})
         return tf.Qwen3VLProcessor(image, tok, video, chat_template=template)
+    if family == "internvl":
+        size = {"height": 56, "width": 56}
+        return tf.InternVLProcessor(
+            tf.GotOcr2ImageProcessor(size=size, max_patches=4),
+            tok,
+            tf.InternVLVideoProcessor(size=size),
+            image_seq_length=16,
+            chat_template=template,
+        )
     side, tokens = (56, 16) if family == "idefics3" else (48, 9)
     sizes = {"size": {"longest_edge": 2 * side}, "max_image_size": {"longest_edge": side}}
     if family == "idefics3":

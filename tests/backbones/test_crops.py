@@ -158,6 +158,21 @@ def test_idefics_prompts_without_marks_or_ids_hold_pictures_that_are_not_cut():
     assert adapt(build("llava")).prompt_crops(torch.zeros(3), places) is None
 
 
+@pytest.mark.parametrize(
+    ("case", "items"),
+    [
+        ("single", [(1, True), (2, True), (0, True)]),
+        ("ragged", [(0, False), *((n, True) for n in (1, 2, 3, 4, 0))]),
+        ("multi_image", [(0, False), *((n, True) for n in (1, 2, 0, 1, 2, 0))]),
+        ("text_row", [(1, True), (2, True), (0, True)]),
+    ],
+)
+def test_internvl_tells_crops_by_what_follows_without_a_token_between(case, items):
+    model = build("internvl")
+    found, cropped = seen(model, inputs(model, "internvl", "image", case))
+    assert found == [[number] * 16 for number, _ in items] and cropped == [cut for _, cut in items]
+
+
 def test_other_families_have_no_crops():
     for family in ("llava", "qwen2_5_vl"):
         model = build(family)

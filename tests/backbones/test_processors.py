@@ -32,8 +32,11 @@ PROCESSORS = {
     "video_llava": "VideoLlavaProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
     "llava_video": "LlavaVideoProcessor",
+    "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",
+    "qwen3_vl_moe": "Qwen3VLProcessor",
+    "internvl": "InternVLProcessor",
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
 }
@@ -157,6 +160,8 @@ EXPECTED = {
     r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>What is shown\?<\|im_end\|>\n<\|im_start\|>assistant\n",
     "qwen3_vl": r"<\|im_start\|>user\n<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>What is shown\?<\|im_end\|>\n"
     r"<\|im_start\|>assistant\n",
+    "internvl": r"<\|im_start\|>user\n<img>(<IMG_CONTEXT>)+</img>\nWhat is shown\?<\|im_end\|>\n"
+    r"<\|im_start\|>assistant\n",
     "idefics3": r"<\|begin_of_text\|>User:<fake_token_around_image><row_1_col_1>(<image>){16}.*\n\n"
     r"<fake_token_around_image><global-img>(<image>){16}<fake_token_around_image>What is shown\?<end_of_utterance>\n"
     r"Assistant:",
@@ -164,6 +169,8 @@ EXPECTED = {
     r"<fake_token_around_image><global-img>(<image>){9}<fake_token_around_image>What is shown\?<end_of_utterance>\n"
     r"Assistant:",
 }
+EXPECTED["qwen3_vl_moe"] = EXPECTED["qwen3_vl"]
+EXPECTED["qwen2_vl"] = EXPECTED["qwen2_5_vl"]
 
 
 def test_the_prompt_reads_as_upstream(family: str, loaded: Loaded) -> None:
@@ -197,6 +204,8 @@ def test_every_video_family_is_covered() -> None:
         "video_llava",
         "llava_onevision",
         "llava_video",
+        "qwen2_vl",
         "qwen2_5_vl",
         "qwen3_vl",
+        "qwen3_vl_moe",
     }

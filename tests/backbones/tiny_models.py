@@ -54,8 +54,10 @@ SPECIALS: dict[str, list[str]] = {
     "video_llava": ["<image>", "<video>", "<pad>"],
     "llava_onevision": [*_QWEN, "<image>", "<video>"],
     "llava_video": [*_QWEN, "<image>", "<video>"],
+    "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
     "qwen3_vl": _QWEN_VL,
+    "qwen3_vl_moe": _QWEN_VL,
     "idefics3": [
         "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>",
         "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *_ROW_COL,
@@ -64,6 +66,7 @@ SPECIALS: dict[str, list[str]] = {
         "<|endoftext|>", "<|im_start|>", "<|im_end|>",
         "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *_ROW_COL,
     ],
+    "internvl": [*_QWEN_VL, "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
     # Its tokenizer ends with the padding token; the placeholder is the next row of the table.
     "openvla": ["<PAD>", "<image>"],
     "gemma3": [
@@ -81,10 +84,13 @@ _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
     "video_llava": ("<s>", "</s>", "<pad>", "<image>", "<video>"),
     "llava_onevision": (None, "<|im_end|>", "<|endoftext|>", "<image>", "<video>"),
     "llava_video": (None, "<|im_end|>", "<|endoftext|>", "<image>", "<video>"),
+    "qwen2_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "qwen2_5_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "qwen3_vl": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
+    "qwen3_vl_moe": (None, "<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"),
     "idefics3": ("<|begin_of_text|>", "<end_of_utterance>", "<|finetune_right_pad_id|>", "<image>", None),
     "smolvlm": ("<|im_start|>", "<end_of_utterance>", "<|im_end|>", "<image>", None),
+    "internvl": (None, "<|im_end|>", "<|endoftext|>", "<IMG_CONTEXT>", None),
     "openvla": ("<s>", "</s>", "<PAD>", "<image>", None),
     "gemma3": ("<bos>", "<end_of_turn>", "<pad>", "<image_soft_token>", None),
     "paligemma": ("<bos>", "<eos>", "<pad>", "<image>", None),
@@ -143,6 +149,14 @@ NEXT_SIZES: list[tuple[tuple[int, int], int, int]] = [
 """(height, width), crops and tokens of images: half of the first one's rows of patches hold padding, a quarter of the
 last one's, and nothing of the second's."""
 
+QWEN = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+)
+"""Families with a packed tower, whose number of visual tokens follows the size of the picture."""
+
 CELLS: list[tuple[str, str]] = [
     ("llava", "image"),
     ("llava_next", "image"),
@@ -154,12 +168,17 @@ CELLS: list[tuple[str, str]] = [
     ("llava_onevision", "video"),
     ("llava_video", "image"),
     ("llava_video", "video"),
+    ("qwen2_vl", "image"),
+    ("qwen2_vl", "video"),
     ("qwen2_5_vl", "image"),
     ("qwen2_5_vl", "video"),
     ("qwen3_vl", "image"),
     ("qwen3_vl", "video"),
+    ("qwen3_vl_moe", "image"),
+    ("qwen3_vl_moe", "video"),
     ("smolvlm", "image"),
     ("idefics3", "image"),
+    ("internvl", "image"),
     ("openvla", "image"),
     ("gemma3", "image"),
     ("paligemma", "image"),
@@ -304,6 +323,14 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
             video_token_index=role["video"],
             tie_word_embeddings=False,
         )
+    if name == "internvl":
+        return tf.InternVLConfig(
+            vision_config=_tower(3, image_size=[56, 56], patch_size=[7, 7]),
+            text_config=tf.Qwen2Config(**text),
+            image_token_id=role["image"],
+            image_seq_length=16,
+            tie_word_embeddings=False,
+        )
     if name == "openvla":
         return openvla.OpenVLAConfig(**OPENVLA, text_config={**text, "model_type": "llama"})
     if name in ("idefics3", "smolvlm"):
@@ -352,6 +379,15 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
+    if name == "qwen2_vl":
+        for key in ("intermediate_size", "out_hidden_size"):
+            del tower[key]
+        return tf.Qwen2VLConfig(
+            vision_config={**tower, "patch_size": 14, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+            text_config={**text, "rope_parameters": _mrope([2, 3, 3])},
+            tie_word_embeddings=False,
+            **vision_tokens,
+        )
     if name == "qwen2_5_vl":
         # windows of 2 x 2 merged units, so that one small image already has several windows
         return tf.Qwen2_5_VLConfig(
@@ -360,7 +396,11 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
             tie_word_embeddings=False,
             **vision_tokens,
         )
-    return tf.Qwen3VLConfig(
+    kind = tf.Qwen3VLConfig
+    if name == "qwen3_vl_moe":
+        kind = tf.Qwen3VLMoeConfig
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    return kind(
         vision_config={**tower, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]},
         text_config={**text, "head_dim": 16, "rope_parameters": _mrope([4, 2, 2], mrope_interleaved=True)},
         tie_word_embeddings=False,
@@ -395,10 +435,13 @@ _MODELS: dict[str, type[tf.PreTrainedModel]] = {
     "video_llava": tf.VideoLlavaForConditionalGeneration,
     "llava_onevision": tf.LlavaOnevisionForConditionalGeneration,
     "llava_video": LlavaVideoForConditionalGeneration,
+    "qwen2_vl": tf.Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": tf.Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": tf.Qwen3VLForConditionalGeneration,
+    "qwen3_vl_moe": tf.Qwen3VLMoeForConditionalGeneration,
     "idefics3": tf.Idefics3ForConditionalGeneration,
     "smolvlm": tf.SmolVLMForConditionalGeneration,
+    "internvl": tf.InternVLForConditionalGeneration,
     "openvla": openvla.OpenVLAForActionPrediction,
     "gemma3": tf.Gemma3ForConditionalGeneration,
     "paligemma": tf.PaliGemmaForConditionalGeneration,
@@ -425,7 +468,7 @@ def build(
                 # wrong position would go unnoticed: make every linear map keep roughly unit scale, and move biases
                 # and norms off their constants.
                 if p.ndim >= 2 and "embed" not in key:
-                    fan_in = p[0].numel()
+                    fan_in = p.shape[-1] if "experts" in key else p[0].numel()
                     p.normal_(0.0, 1.0 / fan_in**0.5)
                 elif p.ndim >= 2 or "class_embedding" in key or "image_newline" in key:
                     p.normal_(0.0, 1.0)
@@ -496,6 +539,8 @@ def inputs(
         visual, pixels = _onevision(item_kinds, g)
     elif family in ("idefics3", "smolvlm"):
         visual, pixels = _idefics(model, item_kinds, case, g)
+    elif family == "internvl":
+        visual, pixels = _internvl(item_kinds, g)
     else:
         visual, pixels = _qwen(model, item_kinds, modality, g)
     rows: list[list[int]] = []
@@ -517,7 +562,7 @@ def inputs(
         "input_ids": torch.tensor([[role["pad"]] * (length - len(r)) + r for r in rows]),
         "attention_mask": torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows]),
     }
-    if family in ("qwen2_5_vl", "qwen3_vl"):
+    if family in QWEN:
         is_image, is_video = (out["input_ids"] == role[kind] for kind in ("image", "video"))
         out["mm_token_type_ids"] = is_image.long() + 2 * is_video.long()
     if family in GEMMA:  # PaliGemma's types tell the prompt, 0, from the answer
@@ -553,10 +598,12 @@ def _placeholder(family: str, modality: str, item: list[int], ids: dict[str, int
         if rows:
             out.append(newline)
         return [*out, fake, ids["<global-img>"], *[image] * per_tile, fake]
+    if family == "internvl":
+        return [ids["<img>"], *[ids["<IMG_CONTEXT>"]] * item[0], ids["</img>"]]
     start, end = ids["<|vision_start|>"], ids["<|vision_end|>"]
     pad = ids["<|image_pad|>" if modality == "image" else "<|video_pad|>"]
     frames, per_frame = item
-    if family == "qwen3_vl" and modality == "video":  # "<0.5 seconds>" before each temporal patch
+    if family in ("qwen3_vl", "qwen3_vl_moe") and modality == "video":  # "<0.5 seconds>" before each temporal patch
         parts = [[*_words(3, g), start, *[pad] * per_frame, end] for _ in range(frames)]
         return [start, *itertools.chain.from_iterable(parts), end]
     return [start, *[pad] * (frames * per_frame), end]
@@ -621,6 +668,11 @@ def _idefics(
                 at += 1
     items = [[r, c, per_tile] for row in tiles for r, c in row]
     return items, {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+def _internvl(rows: list[list[int]], g: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    tiles = [[1, 3, 5][kind] for row in rows for kind in row]  # a picture, or its tiles and a thumbnail
+    return [[16 * n] for n in tiles], {"pixel_values": torch.randn(sum(tiles), 3, 56, 56, generator=g)}
 
 
 def _qwen(

@@ -22,7 +22,7 @@ from mmtoken import compressors as shelf
 from mmtoken.compressors import Compressor, Trained
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import ANYRES, CELLS, TOKENWISE, build, inputs
+from tests.backbones.tiny_models import ANYRES, CELLS, QWEN, TOKENWISE, build, inputs
 from tests.contract import reference
 
 Cell = tuple[str, str]
@@ -172,13 +172,10 @@ ANCHOR_CELLS: tuple[Cell, ...] = (("llava", "image"), ("qwen3_vl", "image"), ("s
 TILED: tuple[Cell, ...] = tuple((family, "image") for family in ANYRES)
 """Where an image may be several grids in one item."""
 
-DYNAMIC = ("qwen2_5_vl", "qwen3_vl")
-"""Families whose number of visual tokens follows the size of the image."""
-
 
 def refused(name: str, cell: Cell) -> str | None:
     """Why a pair cannot be attached, in words that the error must contain; None where it can."""
-    if "prepare" in COMPRESSORS[name].sites and cell[0] in DYNAMIC:
+    if "prepare" in COMPRESSORS[name].sites and cell[0] in QWEN:
         return "before the processor"
     if COMPRESSORS[name].patchwise_projector and cell[0] not in TOKENWISE:
         return "maps every patch by itself"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,7 +15,13 @@ from mmtoken.compressors import Compressor, Context
 from mmtoken.engine.report import Report
 from mmtoken.tokens import VisualTokens
 from tests import oracle
-from tests.backbones.tiny_models import NEXT, NEXT_SIZES, STACKED, visual_mask
+from tests.backbones.tiny_models import NEXT, NEXT_SIZES, QWEN, STACKED, visual_mask
+
+IDEFICS = ("smolvlm", "idefics3")
+CLIP = ("llava", "llava_next", "llava_next_video", "video_llava")
+"""Families whose tower has a CLS token, and whose projector reads the output of its last block but one."""
+CLS = (*CLIP, "internvl")
+"""Families whose tower is dense and has a CLS token."""
 
 KeepPerLayer = Mapping[int, Tensor]
 
@@ -78,6 +85,41 @@ def evicted_by_layer(report: Report, keep: KeepPerLayer) -> dict[int, Tensor]:
                 seen[row, head, places[gone]] = False
         masks[site.layer] = seen
     return masks
+
+
+def tower_of(model: nn.Module, modality: str = "image") -> nn.Module:
+    """The dense tower that encodes images, or videos."""
+    names = {"video_llava": f"{modality}_tower", **dict.fromkeys(IDEFICS, "vision_model")}
+    tower: nn.Module = getattr(model.base_model, names.get(model.config.model_type, "vision_tower"))
+    return tower
+
+
+def tower_blocks(model: nn.Module, modality: str = "image") -> list[nn.Module]:
+    """The blocks of a dense tower."""
+    encoder = tower_of(model, modality).encoder
+    return list(encoder.layer if model.config.model_type == "internvl" else encoder.layers)
+
+
+def read_blocks(model: nn.Module, modality: str = "image") -> list[nn.Module]:
+    """The blocks of a dense tower, up to the one that the projector reads."""
+    return tower_blocks(model, modality)[: -1 if model.config.model_type in CLIP else None]
+
+
+def attention_in(block: nn.Module) -> nn.Module:
+    """The attention of a block of a dense tower."""
+    attention: nn.Module = block.attention if hasattr(block, "attention") else block.self_attn
+    return attention
+
+
+def unit_of(model: nn.Module) -> int:
+    """The side of the square of patches that a dense tower's projector turns into one token."""
+    config = model.config
+    if config.model_type == "internvl":
+        return round(1 / config.downsample_ratio)
+    if config.model_type == "gemma3":
+        vision = config.vision_config
+        return vision.image_size // vision.patch_size // math.isqrt(config.mm_tokens_per_image)
+    return config.scale_factor if config.model_type in IDEFICS else 1
 
 
 def separators(model: nn.Module, inputs: oracle.Inputs) -> Tensor:
@@ -291,7 +333,7 @@ def alone(model: nn.Module, cell: tuple[str, str], inputs: oracle.Inputs, row: i
         tiles = inputs["pixel_values"][row].flatten(1).ne(0).any(-1)
         return single | {name: inputs[name][row : row + 1, tiles] for name in ("pixel_values", "pixel_attention_mask")}
     first, last = _items(cell, inputs, visual, row)
-    if family in ("qwen2_5_vl", "qwen3_vl"):
+    if family in QWEN:
         grid = f"{modality}_grid_thw"
         pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
         patches = inputs[grid].prod(-1)
@@ -315,6 +357,8 @@ def _items(cell: tuple[str, str], inputs: oracle.Inputs, visual: Tensor, row: in
         per_row = [next(numbers) if n else 0 for n in counts]
     elif cell in STACKED:
         per_row = [n // STACKED[cell] for n in counts]
+    elif cell[0] == "internvl":
+        per_row = [n // 16 for n in counts]
     else:
         if cell[0] in NEXT:
             tokens = {size: number for size, _, number in NEXT_SIZES}

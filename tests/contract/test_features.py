@@ -30,8 +30,8 @@ from tests.compressors import (
     test_vispruner,
 )
 from tests.contract.matrix import COMPRESSORS, Cell, batch, logits, pairs, protected, tiny
+from tests.contract.reference import CLS, IDEFICS, attention_in, tower_blocks, unit_of
 from tests.contract.test_merging import (
-    IDEFICS,
     ZIPPED,
     _clip_patches,
     assert_same_features,
@@ -40,7 +40,6 @@ from tests.contract.test_merging import (
     projected,
     report_of,
     tower_facts,
-    unit_of,
 )
 from tests.contract.test_selections import GAP, count_of, steps_of
 
@@ -223,8 +222,7 @@ def last_block(cell: Cell, case: str, seed: int) -> tuple[Tensor, Tensor]:
         query, key = (states.transpose(1, 2).flatten(2) for states in openvla_states(model, inputs))
         weights = (query @ key.transpose(1, 2) / math.sqrt(key.shape[-1])).softmax(-1)
         return weights[:, 0, 5:].flatten(), key[:, 5:].flatten(0, 1)
-    tower = model.base_model.vision_model if family in IDEFICS else model.base_model.vision_tower
-    block = tower.encoder.layers[-1].self_attn
+    block = attention_in(tower_blocks(model)[-1])
     seen: dict[str, Tensor] = {}
     handles = [
         getattr(block, name).register_forward_hook(lambda module, args, output, name=name: seen.update({name: output}))
@@ -247,6 +245,8 @@ def last_block(cell: Cell, case: str, seed: int) -> tuple[Tensor, Tensor]:
     if family == "llava":
         return weights[:, 0, 1:].flatten(), key[:, 1:].flatten(0, 1)
     received = (weights * real[..., None]).sum(1) / real.sum(-1, keepdim=True)
+    if family in CLS:
+        received, key = weights[:, 0, 1:], key[:, 1:]
     unit = unit_of(model)
     side = math.isqrt(received.shape[1])
     squares = [
@@ -283,7 +283,7 @@ def merged(
 
 @pairs(
     ["prumerge", "prumerge-plus", "prumerge-fixed", "prumerge-fixed-plus"],
-    [cell for cell in CELLS if cell[0] in ("llava", *IDEFICS, *GEMMA)],
+    [cell for cell in CELLS if cell[0] in ("llava", "internvl", *IDEFICS, *GEMMA)],
 )
 @pytest.mark.parametrize("case", CASES)
 def test_prumerge_keeps_and_merges_what_its_formulas_say(name: str, cell: Cell, case: str) -> None:

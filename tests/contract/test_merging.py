@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, TOKENWISE
+from tests.backbones.tiny_models import CELLS, QWEN, TOKENWISE
 from tests.contract.matrix import (
     COMPRESSORS,
     TILED,
@@ -25,29 +25,8 @@ from tests.contract.matrix import (
     protected,
     tiny,
 )
-from tests.contract.reference import recording
+from tests.contract.reference import CLIP, CLS, attention_in, read_blocks, recording, tower_of, unit_of
 from tests.contract.test_selections import GAP, best, count_of, steps_of
-
-IDEFICS = ("smolvlm", "idefics3")
-CLIP = ("llava", "llava_next", "llava_next_video", "video_llava")
-"""Families whose tower has a CLS token, and whose projector reads the output of its last block but one."""
-QWEN = ("qwen2_5_vl", "qwen3_vl")
-
-
-def unit_of(model: nn.Module) -> int:
-    """Side of the square of patches that become one token."""
-    config = model.config
-    if config.model_type == "gemma3":
-        vision = config.vision_config
-        return vision.image_size // vision.patch_size // math.isqrt(config.mm_tokens_per_image)
-    return getattr(config, "scale_factor", 1)
-
-
-def tower_of(model: nn.Module, cell: Cell) -> nn.Module:
-    """The dense tower that encodes a cell's items."""
-    name = {"video_llava": f"{cell[1]}_tower", "smolvlm": "vision_model", "idefics3": "vision_model"}
-    tower: nn.Module = getattr(model.base_model, name.get(cell[0], "vision_tower"))
-    return tower
 
 
 def report_of(name: str, cell: Cell, case: str, seed: int = 1) -> Report:
@@ -129,7 +108,7 @@ def tower_facts(cell: Cell, case: str, seed: int = 1) -> tuple[Tensor, Tensor]:
         weights = torch.einsum("thqd,thkd->thqk", query[:, :, :1], keys) * keys.shape[-1] ** -0.5
         # What CLS pays to the patches behind the registers.
         return weights.softmax(-1)[:, :, 0, 5:].sum(1).flatten(), keys.mean(1)[:, 5:].flatten(0, 1)
-    block = tower_of(model, cell).encoder.layers[-2 if family in CLIP else -1].self_attn
+    block = attention_in(read_blocks(model, cell[1])[-1])
     seen: dict[str, Any] = {}
 
     def note(key: str) -> Any:
@@ -151,8 +130,11 @@ def tower_facts(cell: Cell, case: str, seed: int = 1) -> tuple[Tensor, Tensor]:
             paid = torch.stack([paid[:, square].mean(1) for square in squares], 1)
             keys = torch.stack([keys[:, square].mean(1) for square in squares], 1)
         return paid.flatten(), keys.flatten(0, 1)
-    real = weights.sum((1, 2)) > 0  # padding is looked at by nobody, and does not count among those who look
-    received = (weights.sum(1) * real[..., None]).sum(1) / real.sum(-1, keepdim=True)
+    if family in CLS:
+        received, keys = weights[:, :, 0, 1:].sum(1), keys[:, 1:]
+    else:
+        real = weights.sum((1, 2)) > 0  # padding is looked at by nobody, and does not count among those who look
+        received = (weights.sum(1) * real[..., None]).sum(1) / real.sum(-1, keepdim=True)
     if family == "llava_onevision":
         pool = model.base_model.apply_pooling
         videos = inputs["pixel_values_videos"].shape[0]
@@ -308,7 +290,7 @@ def _clip_patches(cell: Cell, case: str, seed: int = 1) -> Tensor:
     (pixels,) = [value for name, value in inputs.items() if name.startswith("pixel_values")]
     if cell[1] == "video":
         pixels = pixels.flatten(0, 1)
-    output = tower_of(tiny(cell[0]), cell)(pixels, output_hidden_states=True)
+    output = tower_of(tiny(cell[0]), cell[1])(pixels, output_hidden_states=True)
     if cell[0] == "paligemma":
         return output.last_hidden_state.flatten(0, 1)
     states = output.hidden_states[-2]
@@ -354,15 +336,18 @@ def merge_plainly(
 def test_tome_merges_between_blocks_as_its_formulas_say(name: str, cell: Cell) -> None:
     family, method = cell[0], COMPRESSORS[name]
     model, inputs = tiny(family), batch(cell, "plain")
-    blocks = list(tower_of(model, cell).encoder.layers)[: -1 if family in CLIP else None]
-    prefix = 1 if family in CLIP else 0
-    unit = unit_of(model)
+    blocks, prefix, unit = read_blocks(model, cell[1]), int(family in CLS), unit_of(model)
     entered: list[tuple[Tensor, Any]] = []
     left: list[Tensor] = []
     keys: list[Tensor] = []
 
+    masks: list[Any] = []
+
     def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append((args[0], kwargs.get("attention_mask")))
+        entered.append(args[0])
+
+    def masking(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        masks.append(kwargs.get("attention_mask"))
 
     with compress(model, method) as session:
         handles = [block.register_forward_pre_hook(entering, with_kwargs=True) for block in blocks]
@@ -370,13 +355,14 @@ def test_tome_merges_between_blocks_as_its_formulas_say(name: str, cell: Cell) -
             block.register_forward_hook(lambda m, a, out: left.append(out if isinstance(out, Tensor) else out[0]))
             for block in blocks
         ]
+        handles += [attention_in(block).register_forward_pre_hook(masking, with_kwargs=True) for block in blocks]
         handles += [
-            block.self_attn.k_proj.register_forward_hook(lambda m, a, out: keys.append(out)) for block in blocks
+            attention_in(block).k_proj.register_forward_hook(lambda m, a, out: keys.append(out)) for block in blocks
         ]
         logits(model, inputs)
         for handle in handles:
             handle.remove()
-    side = math.isqrt(entered[0][0].shape[1] - prefix)
+    side = math.isqrt(entered[0].shape[1] - prefix)
     tokens = (side // unit) ** 2
     members = {
         ty * (side // unit) + tx: [(ty * unit + dy) * side + tx * unit + dx for dy in range(unit) for dx in range(unit)]
@@ -386,7 +372,7 @@ def test_tome_merges_between_blocks_as_its_formulas_say(name: str, cell: Cell) -
     final = count_of(method.keep, tokens, 1)
     last = len(blocks) - 1
     heads = model.config.vision_config.num_attention_heads
-    for tile in range(entered[0][0].shape[0]):
+    for tile in range(entered[0].shape[0]):
         ids, sizes = list(range(tokens)), dict.fromkeys(range(tokens), 1.0)
         for number in range(1, len(blocks)):
             target = tokens - math.floor((tokens - final) * number / last + 0.5)
@@ -400,7 +386,7 @@ def test_tome_merges_between_blocks_as_its_formulas_say(name: str, cell: Cell) -
             patches = {}
             for i in ids:
                 patches |= dict(zip(members[i], values[i].chunk(unit * unit), strict=True))
-            hidden, mask = entered[number]
+            hidden, mask = entered[number], masks[number]
             assert_close(hidden[tile, prefix:], torch.stack([patches[patch] for patch in sorted(patches)]))
             # equation 1: attention to a merged token weighs as much as the tokens it stands for
             of_patch = {patch: sizes[i] for i in ids for patch in members[i]}

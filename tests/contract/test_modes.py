@@ -12,8 +12,8 @@ from transformers import StaticCache
 
 from mmtoken.engine.session import Session
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, LLAMA, ONEVISION, build, roles
-from tests.contract.matrix import COMPRESSORS, DYNAMIC, Cell, assert_close, batch, compress, keeps, pairs, tiny
+from tests.backbones.tiny_models import CELLS, LLAMA, ONEVISION, QWEN, build, roles
+from tests.contract.matrix import COMPRESSORS, Cell, assert_close, batch, compress, keeps, pairs, tiny
 from tests.contract.reference import given_merged, given_prompts, masked_per_call, noting_merged, prompts_of, recording
 
 METHODS = (
@@ -106,7 +106,7 @@ def text_assistant(cell: Cell) -> dict[str, Any]:
 
 
 # Before transformers encoded pixels apart from the forward, an assistant was handed them too.
-TAKES_TEXT_ASSISTANT = [cell for cell in CELLS if oracle.ENCODES_APART and cell[0] not in DYNAMIC]
+TAKES_TEXT_ASSISTANT = [cell for cell in CELLS if oracle.ENCODES_APART and cell[0] not in QWEN]
 
 
 @pairs(METHODS, TAKES_TEXT_ASSISTANT)
@@ -150,7 +150,7 @@ def new_static_cache(model: nn.Module, length: int) -> StaticCache:
     return StaticCache(config=oracle.text_model(model).config, max_cache_len=length)
 
 
-FIXED = [cell for cell in CELLS if cell[0] not in DYNAMIC]
+FIXED = [cell for cell in CELLS if cell[0] not in QWEN]
 
 
 @pairs(METHODS, FIXED)
@@ -161,7 +161,7 @@ def test_a_loop_of_forward_calls_with_a_growing_mask_agrees(name: str, cell: Cel
     compare(name, cell, case, lambda m: loop(m, inputs, mask=True, static=static))
 
 
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell[0] in DYNAMIC], ids="-".join)
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell[0] in QWEN], ids="-".join)
 def test_transformers_itself_refuses_such_a_loop_for_qwen(cell: Cell) -> None:
     model, inputs = tiny(cell[0]), batch(cell, "plain")
     with pytest.raises(RuntimeError):

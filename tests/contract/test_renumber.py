@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.backbones.tiny_models import visual_mask
-from tests.contract.matrix import COMPRESSORS, DYNAMIC, Cell, assert_close, batch, compress, keeps, pairs, tiny
+from tests.backbones.tiny_models import QWEN, visual_mask
+from tests.contract.matrix import COMPRESSORS, Cell, assert_close, batch, compress, keeps, pairs, tiny
 from tests.contract.reference import given_merged, noting_merged, prompts_of, recording
 from tests.contract.test_modes import loop, options, two_turns
 
@@ -135,7 +135,7 @@ MODES = {
         model, inputs, max_new_tokens=5, cache_implementation="static"
     ),
     "second turn": lambda model, cell, inputs: two_turns(model, inputs, static=False, **options(cell[0])),
-    "loop": lambda model, cell, inputs: loop(model, inputs, mask=cell[0] not in DYNAMIC),
+    "loop": lambda model, cell, inputs: loop(model, inputs, mask=cell[0] not in QWEN),
 }
 
 
@@ -143,7 +143,7 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", ["plain", "padded_ragged", "multi_image", "text_row"])
 def test_renumbering_equals_compacted_positions(name: str, cell: Cell, mode: str, case: str) -> None:
-    if mode == "loop" and cell[0] in DYNAMIC:
+    if mode == "loop" and cell[0] in QWEN:
         case = "plain"  # transformers decodes padded batches of these by generate only
     model, inputs, method = tiny(cell[0]), batch(cell, case), COMPRESSORS[name]
     with recording(model) as calls, noting_merged(method) as notes, compress(model, method) as session:

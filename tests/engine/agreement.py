@@ -14,7 +14,7 @@ from mmtoken.compressors import DivPrune, Downscale, FastV, PyramidDrop, Random,
 from mmtoken.compressors.base import Compressor
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CASES, CELLS, build
+from tests.backbones.tiny_models import CASES, CELLS, QWEN, build
 
 BEFORE_DECODER: dict[str, Compressor] = {
     "divprune": DivPrune(keep=0.4),
@@ -29,7 +29,6 @@ BEFORE_DECODER: dict[str, Compressor] = {
 INSIDE_DECODER: dict[str, Compressor] = {"fastv": FastV(keep=0.4), "pyramiddrop": PyramidDrop(keep=0.25)}
 
 BATCHES = tuple(case for case in CASES if case != "single")
-QWEN = ("qwen2_5_vl", "qwen3_vl")
 
 cells = pytest.mark.parametrize(("family", "modality"), CELLS, ids=[f"{f}-{m}" for f, m in CELLS])
 

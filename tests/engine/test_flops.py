@@ -7,8 +7,19 @@ import pytest
 from mmtoken.compressors import TransPrune, VLAPruner
 from mmtoken.engine.flops import DecoderShape, multiply_adds, prefill_flops
 from mmtoken.tokens import kept_count
+from tests.backbones.tiny_models import config
 
 VICUNA = DecoderShape(layers=32, width=4096, mlp_width=11008, query_width=4096, key_width=4096)
+
+
+@pytest.mark.parametrize(("step", "dense", "width"), [(1, [], 2 * 48), (1, [0], (3 * 96 + 96) // 4), (2, [], 96)])
+def test_of_experts_only_those_count_that_a_token_visits(step: int, dense: list[int], width: int) -> None:
+    text = config("qwen3_vl_moe").get_text_config()
+    text.decoder_sparse_step, text.mlp_only_layers, text.intermediate_size = step, dense, 96
+    assert DecoderShape.from_config(text).mlp_width == width
+    text.moe_intermediate_size = 24
+    sparse = 4 // step - len(dense)
+    assert DecoderShape.from_config(text).mlp_width == (sparse * 2 * 24 + (4 - sparse) * 96) // 4
 
 
 def lengths(total: int, cuts: dict[int, int]) -> list[list[int]]:

@@ -21,8 +21,8 @@ from mmtoken.engine.report import Report
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
 from mmtoken.tokens import VisualTokens
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, build, inputs, visual_mask
-from tests.engine.agreement import BATCHES, BEFORE_DECODER, QWEN, assert_close, cells, hosts, tiny
+from tests.backbones.tiny_models import CELLS, QWEN, build, inputs, visual_mask
+from tests.engine.agreement import BATCHES, BEFORE_DECODER, assert_close, cells, hosts, tiny
 
 TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(tf.LlavaModel.forward).parameters
 """Whether this version of transformers takes encoded images; 5.17 does not."""

@@ -17,8 +17,9 @@ from mmtoken.compressors.base import Compressor, Context, Need, Positions
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import VisualTokens
 from tests import oracle
-from tests.backbones.tiny_models import build, config, inputs, visual_mask
-from tests.engine.agreement import QWEN, assert_close, tiny
+from tests.backbones.tiny_models import QWEN, build, config, inputs, visual_mask
+from tests.contract.reference import CLS, attention_in, tower_blocks, unit_of
+from tests.engine.agreement import assert_close, tiny
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def hide_patches(keep: Tensor) -> Hook:
         allowed = (keep[:, None, None, :] | own).expand(-1, -1, length, -1)
         if given is not None:
             allowed = allowed & (given if given.dtype == torch.bool else given == 0)
-        kind = block.self_attn.config._attn_implementation
+        kind = getattr(block, "self_attn", block).config._attn_implementation
         hidden = args[0] if args else kwargs["hidden_states"]
         mask = allowed
         if kind == "eager":
@@ -111,6 +112,12 @@ def tower_of(model: Any) -> Any:
     return base.vision_model if model.config.model_type in ("idefics3", "smolvlm") else base.vision_tower
 
 
+def masked_in(model: Any) -> list[nn.Module]:
+    """Per block of a dense tower the module that takes a mask: the block, or its attention where the block does not."""
+    blocks = tower_blocks(model)
+    return [attention_in(block) for block in blocks] if model.config.model_type == "internvl" else blocks
+
+
 def image_features(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     names = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "batch_num_images")
     out = model.base_model.get_image_features(**{n: batch[n] for n in names if n in batch}, return_dict=True)
@@ -119,15 +126,14 @@ def image_features(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", ["plain", "padded_ragged", "multi_image"])
-@pytest.mark.parametrize("family", ["llava", "idefics3", "smolvlm"])
+@pytest.mark.parametrize("family", ["llava", "idefics3", "smolvlm", "internvl"])
 def test_kept_features_of_a_model_equal_its_tower_with_masked_keys(family: str, case: str, attn: str) -> None:
     """Idefics3 drops squares of patches, because its projector puts squares together; masks of padded tiles hold."""
     model = tiny(family, attn)
     batch = inputs(model, family, "image", case)
     tower = tower_of(model)
-    unit = 1 if family == "llava" else model.config.scale_factor
-    prefix = int(family == "llava")
-    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    unit, prefix = unit_of(model), int(family in CLS)
+    side = 4 if family == "llava" else 12 if family == "smolvlm" else 8
     row, column = torch.arange(side * side) // side, torch.arange(side * side) % side
     token = (row // unit) * (side // unit) + column // unit
     left = torch.cat([torch.ones(prefix, dtype=torch.bool), token % 2 == 0])
@@ -138,7 +144,7 @@ def test_kept_features_of_a_model_equal_its_tower_with_masked_keys(family: str, 
             model(**oracle.clone(batch))
         with (
             hooked([tower], lambda module, args, kwargs, out: seen.append(out[0]), before=False),
-            hooked(list(tower.encoder.layers)[1:], hide_patches(left[None]), before=True),
+            hooked(masked_in(model)[1:], hide_patches(left[None]), before=True),
         ):
             want = torch.cat(image_features(model, batch))
     tiles = len(seen[0])
@@ -223,7 +229,7 @@ def packed_order(family: str, visual: Any, grids: Tensor) -> Tensor:
     Found out from the tower itself: a patch of its own is put into each group, and the blocks are watched.
     """
     side, total = visual.spatial_merge_size**2, int(grids.prod(-1).sum())
-    if family == "qwen3_vl":
+    if family != "qwen2_5_vl":
         return torch.arange(total // side)
     seen: list[Tensor] = []
 
@@ -242,7 +248,9 @@ def packed_order(family: str, visual: Any, grids: Tensor) -> Tensor:
     return (seen[0][::side, 0] / side).round().long()
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "idefics3"])
+@pytest.mark.parametrize(
+    "family", ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl"]
+)
 def test_the_model_reads_only_what_the_tower_left(family: str) -> None:
     """End to end: thinning in the tower equals masking its keys and then the decoder's at the same tokens."""
     model = tiny(family)
@@ -323,15 +331,14 @@ def test_uneven_rows_equal_masked_keys_and_the_row_by_itself(name: str, prefix: 
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llava", "idefics3"])
+@pytest.mark.parametrize("family", ["llava", "idefics3", "internvl"])
 def test_uneven_tiles_of_a_model_equal_its_tower_with_masked_keys(family: str, attn: str) -> None:
     """Idefics3: squares of patches, and the smallest image is a tile with padded pixels, so that blocks get a mask."""
     model = tiny(family, attn)
     batch = inputs(model, family, "image", "padded_ragged")
     tower = tower_of(model)
-    unit = 1 if family == "llava" else model.config.scale_factor
-    prefix = int(family == "llava")
-    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    unit, prefix = unit_of(model), int(family in CLS)
+    side = 4 if family == "llava" else 12 if family == "smolvlm" else 8
     row, column = torch.arange(side * side) // side, torch.arange(side * side) % side
     token = (row // unit) * (side // unit) + column // unit
     seen: list[Tensor] = []
@@ -344,7 +351,7 @@ def test_uneven_tiles_of_a_model_equal_its_tower_with_masked_keys(family: str, a
         with compress(model, Uneven(cuts=(counts,))) as session:
             got = torch.cat(image_features(model, batch))
             model(**oracle.clone(batch))
-        with hooked(list(tower.encoder.layers)[1:], hide_patches(keep), before=True):
+        with hooked(masked_in(model)[1:], hide_patches(keep), before=True):
             want = torch.cat(image_features(model, batch))
     assert_close(got[left.flatten()], want[left.flatten()])
     assert session.report.tokens_out == list(counts)
@@ -611,7 +618,7 @@ def test_attention_keys_and_features_of_any_block_of_a_tower_with_cls() -> None:
             assert_close(facts[block, True][0][row], scores.softmax(0)[1:])
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "idefics3", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava_onevision", "idefics3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_facts_of_blocks_travel_to_the_prompt_like_features(family: str) -> None:
     """Where the projector is not token-wise: averaged over the patches of a token, re-sampled as the model does."""
     model = tiny(family, "eager")
@@ -641,7 +648,7 @@ def plain_blocks(model: Any, family: str, batch: dict[str, Tensor]) -> tuple[lis
     Dense towers give [tiles, patches, ...], packed ones [patches, ...]; keys have heads apart and are not rotated.
     """
     visual = getattr(model.base_model, "visual", None)
-    blocks = list(visual.blocks) if visual is not None else list(tower_of(model).encoder.layers)
+    blocks = list(visual.blocks) if visual is not None else tower_blocks(model)
     outputs, attentions, keys, joint = [], [], [], []
 
     def attention_seen(query: Tensor, key: Tensor, hidden: Tensor, asking: Tensor) -> Tensor:
@@ -656,17 +663,20 @@ def plain_blocks(model: Any, family: str, batch: dict[str, Tensor]) -> tuple[lis
     def dense(block: Any, args: Any, kwargs: Any, out: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        normed = block.layer_norm1(hidden)
-        query, key = block.self_attn.q_proj(normed), block.self_attn.k_proj(normed)
-        heads = block.self_attn.num_heads
+        normed = getattr(block, "layernorm_before", None) or block.layer_norm1
+        query, key = (getattr(attention_in(block), name)(normed(hidden)) for name in ("q_proj", "k_proj"))
+        heads = attention_in(block).num_heads
         received, full = [], []
         for tile in range(len(hidden)):
             away = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=torch.bool)
             if mask is not None:
                 away = ~mask[tile, 0] if mask.dtype == torch.bool else mask[tile, 0] < 0
             split = [x[tile].unflatten(-1, (heads, -1)).transpose(0, 1) for x in (query, key)]
-            received.append(attention_seen(*split, away, ~away[0]))
-            full.append(attention_seen(query[tile][None], key[tile][None], away, ~away[0]))
+            asking = ~away[0]
+            if family in CLS:
+                asking[1:] = False
+            received.append(attention_seen(*split, away, asking))
+            full.append(attention_seen(query[tile][None], key[tile][None], away, asking))
         outputs.append(out if isinstance(out, Tensor) else out[0])
         attentions.append(torch.stack(received))
         joint.append(torch.stack(full))
@@ -721,12 +731,12 @@ def carrier(model: Any, family: str, batch: dict[str, Tensor]) -> Callable[[Tens
             return torch.cat(list(original(torch.split(values, tiles), *args, **kwargs)[0]))
 
         return pack
-    if family == "idefics3":
-        unit, side = model.config.scale_factor, model.config.vision_config.image_size // 7
+    if family in ("idefics3", "internvl"):
+        unit, side = unit_of(model), 8
 
         def squares(values: Tensor) -> Tensor:
             rows = []
-            for tile in values:
+            for tile in values[:, int(family in CLS) :]:
                 for r in range(0, side, unit):
                     for c in range(0, side, unit):
                         inside = [(r + i) * side + c + j for i in range(unit) for j in range(unit)]

@@ -28,8 +28,8 @@ from mmtoken.engine.cache import LogicalDynamicLayer, make_logical
 from mmtoken.errors import InputError, UnsupportedError
 from mmtoken.tokens import VisualTokens
 from tests import oracle
-from tests.backbones.tiny_models import build, inputs, special_ids, visual_mask
-from tests.engine.agreement import BEFORE_DECODER, INSIDE_DECODER, QWEN, assert_close, left_in_layers, tiny
+from tests.backbones.tiny_models import QWEN, build, inputs, special_ids, visual_mask
+from tests.engine.agreement import BEFORE_DECODER, INSIDE_DECODER, assert_close, left_in_layers, tiny
 
 CUTS: dict[str, Compressor] = {
     "divprune": DivPrune(keep=0.4),
