@@ -194,7 +194,7 @@ def measure(
     peer: str,
     python: Path,
     *,
-    turns: int = 5,
+    turns: int = 4,
     rounds: int = 2,
     methods: Mapping[str, dict[str, Any]] = METHODS,
     rows: Sequence[int] = ROWS,
@@ -530,7 +530,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--environment", type=Path, help="folder of the peer's environment; default: .peers/PEER")
     parser.add_argument("--out", type=Path, default=Path("peers.json"), help="default: %(default)s")
     parser.add_argument("--page", type=Path, default=Path("peers.md"), help="default: %(default)s")
-    parser.add_argument("--turns", type=int, default=5, help="starts of each side; default: %(default)s")
+    parser.add_argument("--turns", type=int, default=4, help="starts of each side; default: %(default)s")
     options = parser.parse_args(argv)
     if options.turns < 1:
         raise MMTokenError(f"turns={options.turns}; give a whole number of at least 1.")
