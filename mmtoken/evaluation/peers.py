@@ -1,0 +1,559 @@
+"""mmtoken beside a peer: the same tiny model, prompts and budget through both, each in its own environment.
+
+`python -m mmtoken.evaluation.peers --peer kvpress --out benchmarks/peers.json --page docs/peers.md` makes the peer's
+environment with pip where there is none yet, runs both sides in turns, holds their outputs against plain formulas, and
+writes results and page. What a side refuses, or crashes on, is recorded with its own words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import mmtoken
+from mmtoken.errors import MMTokenError
+from mmtoken.evaluation.peer_formulas import Reference, reference
+from mmtoken.evaluation.tables import Table
+from mmtoken.evaluation.timing import Summary, environment, paired
+from mmtoken.wholefile import check_target, whole_file
+
+SCHEMA_VERSION = 1
+OURS, DENSE = "mmtoken", "dense"
+SIDE = Path(__file__).with_name("peer_side.py")
+
+METHODS: dict[str, dict[str, Any]] = {
+    "SnapKV": {"window": 64, "kernel": 5},
+    "ExpectedAttention": {"future": 512, "sinks": 4},
+    "TOVA": {},
+    "KeyDiff": {},
+    "Knorm": {},
+}
+"""What both sides have: name -> settings, the official defaults."""
+
+PROBES = (
+    "keep nothing",
+    "a prompt shorter than the window",
+    "static cache",
+    "prompt lookup decoding",
+    "prefill in chunks",
+)
+"""Further cases, of the first method: how a side answers them."""
+
+ROWS = (384, 320, 240, 160)
+"""Lengths of the prompts; together they are the padded batch. Half of the shortest holds SnapKV's window."""
+
+TIMED = ("row 0", "padded")
+BATCHES = {"alone": "batch 1", "even": "batch 4, no padding", "padded": "batch 4, padded"}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library that is compared.
+
+    Attributes:
+        requirements: what pip installs.
+        distributions: whose versions are told.
+        accepts: its range of transformers, as its metadata has it.
+        more: what it does that mmtoken does not.
+        less: what mmtoken does that it does not, of what was compared here.
+    """
+
+    requirements: tuple[str, ...]
+    distributions: tuple[str, ...]
+    accepts: str
+    more: str
+    less: str
+
+
+PEERS: dict[str, Peer] = {
+    "kvpress": Peer(
+        ("kvpress==0.5.5", "transformers==5.2.0", f"torch=={torch.__version__.partition('+')[0]}"),
+        ("kvpress",),
+        "at least 4.56, below 5.3",
+        "about forty presses for caches of text models, mmtoken has these five; wrappers that combine presses, budgets "
+        "per head and per layer; compression while decoding; quantized caches; a pipeline that leaves the question out "
+        "of the compression and answers several; a benchmark suite for long texts.",
+        "a budget for the visual tokens only, per image (its default; here it counts whole prompts, as the peer does); "
+        "methods that drop visual tokens before and between the layers of vision-language models.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the random Llama."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    vocab_size: int = 512
+    initializer_range: float = 0.15
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+def write_task(folder: Path, task: Mapping[str, Any], rows: Sequence[int], size: Size, seed: int = 0) -> None:
+    """The model, prompts int[n] and task.json in `folder`; no global generator is touched.
+
+    No token comes twice in a prompt, nor does the padding id: in the first layer keys of equal tokens are equally long.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**asdict(size), bos_token_id=None, eos_token_id=None, pad_token_id=0))
+        prompts = [torch.randperm(size.vocab_size - 1)[:length] + 1 for length in rows]
+    model.save_pretrained(folder / "model")
+    save_file({f"row{number}": prompt for number, prompt in enumerate(prompts)}, folder / "inputs.safetensors")
+    (folder / "task.json").write_text(json.dumps(task))
+
+
+def beyond_range(python: Path, folder: Path, transformers: str) -> dict[str, Any]:
+    """Whether the task's library runs one prompt with another version of transformers, which pip lays over its own.
+
+    Args:
+        python: the library's interpreter.
+        folder: of the task.
+        transformers: the version.
+    """
+    overlay = folder / "overlay"
+    _pip(python, "--target", str(overlay), f"transformers=={transformers}")
+    changes = {"compare": True, "probes": ["one prompt"], "equality": False, "timed": [], "rounds": 0}
+    try:
+        found, _ = run_side(python, folder, overlay, **changes)
+    except MMTokenError as error:
+        return {"transformers": transformers, "found": {"error": str(error)}}
+    return {"transformers": found["versions"]["transformers"], "found": found["probes"]["one prompt"]}
+
+
+def make_environment(folder: Path, requirements: Sequence[str]) -> Path:
+    """A virtual environment in `folder` with `requirements`, by plain pip; one that is there is used as it is.
+
+    Returns:
+        Its interpreter.
+
+    Raises:
+        MMTokenError: pip failed.
+    """
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if python.exists():
+        return python
+    venv.create(folder, with_pip=True)
+    _pip(python, *requirements)
+    return python
+
+
+def _pip(python: Path, *what: str) -> None:
+    done = subprocess.run([python, "-m", "pip", "install", "-q", *what], capture_output=True, text=True)
+    if done.returncode:
+        raise MMTokenError(
+            f"pip install {' '.join(what)} failed in the environment of {str(python)!r}; remove that environment and "
+            f"try again. It said: {done.stderr[-600:]}"
+        )
+
+
+def run_side(
+    python: Path, folder: Path, first: Path | None = None, /, **changes: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Let one side do the task in `folder` with `changes` to it; packages in the folder `first` go before others.
+
+    Returns:
+        What it found, and its tensors.
+
+    Raises:
+        MMTokenError: its script failed as a whole.
+    """
+    task = {**json.loads((folder / "task.json").read_text()), **changes}
+    (folder / "task.json").write_text(json.dumps(task))
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    variables["PYTHONPATH"] = str(Path(mmtoken.__file__).parents[1] if task["library"] == OURS else first or "")
+    done = subprocess.run([python, "-P", SIDE, folder], capture_output=True, text=True, env=variables)
+    if done.returncode:
+        raise MMTokenError(f"library={task['library']!r}: its run failed. It said: {done.stderr[-600:]}")
+    return json.loads((folder / "found.json").read_text()), load_file(folder / "found.safetensors")
+
+
+def measure(
+    peer: str,
+    python: Path,
+    *,
+    turns: int = 4,
+    rounds: int = 2,
+    methods: Mapping[str, dict[str, Any]] = METHODS,
+    rows: Sequence[int] = ROWS,
+    size: Size = Size(),
+    probes: Sequence[str] = PROBES,
+    requirements: Sequence[str] = (),
+    distributions: Sequence[str] = (),
+    beyond: str | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Run both sides in turns and compare.
+
+    Args:
+        peer: name of the other library.
+        python: interpreter that has it.
+        turns: how often each side is started, one after the other.
+        rounds: measured rounds per start, after one that is thrown away.
+        methods: name -> settings, of what is compared.
+        rows: lengths of the prompts.
+        size: of the model.
+        probes: further cases.
+        requirements: what its environment was made of.
+        distributions: whose versions the peer's side tells.
+        beyond: another version of transformers that the peer is tried on.
+        progress: told about every turn.
+
+    Returns:
+        JSON-ready results.
+    """
+    load = [round(os.getloadavg()[0], 2)]
+    task: dict[str, Any] = {
+        "library": OURS, "methods": dict(methods), "keep": 0.5, "new_tokens": 8, "timed_tokens": 16,
+        "equality": True, "timed": list(TIMED), "probes": list(probes), "rounds": rounds, "distributions": [],
+    }  # fmt: skip
+    sides = {OURS: (Path(sys.executable), []), peer: (python, list(distributions))}
+    found: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_task(folder, task, rows, size)
+        for turn in range(turns):
+            for side in list(sides)[:: 1 if turn % 2 else -1]:
+                interpreter, told = sides[side]
+                more, values = run_side(interpreter, folder, library=side, distributions=told, compare=turn == 0)
+                if turn == 0:
+                    found[side], tensors[side] = more, values
+                else:
+                    found[side]["seconds"] += more["seconds"]
+            progress(f"peers: turn {turn + 1} of {turns}")
+        outside = None if beyond is None else beyond_range(python, folder, beyond)
+        model = LlamaForCausalLM.from_pretrained(folder / "model").eval()
+        inputs = load_file(folder / "inputs.safetensors")
+        prompts = [inputs[f"row{number}"] for number in range(len(rows))]
+        wanted = {
+            name: {
+                what: [reference(model, row, name, settings, task["keep"], task["new_tokens"]) for row in some]
+                for what, some in (("rows", prompts), ("even", [row[: min(rows)] for row in prompts]))
+            }
+            for name, settings in {DENSE: {}, **methods}.items()
+        }
+    load.append(round(os.getloadavg()[0], 2))
+    where = environment(torch.device("cpu"))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "peers",
+        "peer": peer,
+        "requirements": list(requirements),
+        "beyond": outside,
+        "weights": "random, tiny Llama; says nothing about accuracy",
+        "environment": {name: where[name] for name in ("device", "clock", "platform")},
+        "load_average": load,
+        "size": asdict(size),
+        "rows": list(rows),
+        "keep": task["keep"],
+        "new_tokens": task["new_tokens"],
+        "methods": dict(methods),
+        "turns": turns,
+        "rounds": turns * rounds,
+        "sides": {
+            side: {
+                "versions": found[side]["versions"],
+                "python": found[side]["python"],
+                "equality": {
+                    name: equality(name, wanted[name], wanted[DENSE], tensors[side], found[side]["errors"])
+                    for name in methods
+                },
+                "probes": found[side]["probes"],
+                "cost": cost(found[side]),
+            }
+            for side in sides
+        },
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- comparing
+
+
+def equality(
+    name: str,
+    wanted: Mapping[str, Sequence[Reference]],
+    dense: Mapping[str, Sequence[Reference]],
+    tensors: Mapping[str, Tensor],
+    errors: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:
+    """How the outputs of one side with one method compare with the formula.
+
+    Args:
+        name: of the method.
+        wanted: what the formula gives, for the "rows" and for those cut to one length ("even").
+        dense: what the unmodified model gives: how much there is to get wrong.
+        tensors, errors: what the side found.
+
+    Returns:
+        For each of `BATCHES`: rows, rows whose tokens are equal, the largest difference of the logits that first read
+        the compressed cache; or the error. "kept": cached entries that are the formula's. "dense": the largest such
+        difference between the formula and the unmodified model.
+    """
+    alone = [f"row {number}" for number in range(len(wanted["rows"]))]
+    result: dict[str, Any] = {"dense": _apart(wanted["rows"], [row.logits for row in dense["rows"]])}
+    failed = errors.get(name, {})
+    for what, names in (("alone", alone), ("even", ["even"]), ("padded", ["padded"])):
+        broken = [failed[batch] for batch in names if batch in failed]
+        if broken:
+            result[what] = {"error": broken[0]}
+            continue
+        rows = wanted["even" if what == "even" else "rows"]
+        logits = [row for batch in names for row in tensors[f"{name}.{batch}.logits"]]
+        tokens = [row for batch in names for row in tensors[f"{name}.{batch}.tokens"]]
+        same = sum(torch.equal(got, row.tokens) for got, row in zip(tokens, rows, strict=True))
+        result[what] = {"rows": len(rows), "rows_equal": same, "logits": _apart(rows, logits)}
+    if "error" not in result["alone"]:
+        pairs = [(tensors[f"{name}.{batch}.kept"], row.kept) for batch, row in zip(alone, wanted["rows"], strict=True)]
+        result["kept"] = {
+            "equal": sum(_shared(got, want) for got, want in pairs),
+            "of": sum(want.numel() for _, want in pairs),
+        }
+    return result
+
+
+def _apart(wanted: Sequence[Reference], logits: Sequence[Tensor]) -> float:
+    """Largest difference of the second token's logits: the first ones that read what is left of the cache."""
+    return max(float((got[1] - want.logits[1]).abs().max()) for got, want in zip(logits, wanted, strict=True))
+
+
+def _shared(got: Tensor, want: Tensor) -> int:
+    """Entries that both have, over layers and heads, of int[layers, G, K]."""
+    heads = zip(got.flatten(0, 1).tolist(), want.flatten(0, 1).tolist(), strict=True)
+    return sum(len(set(one) & set(other)) for one, other in heads)
+
+
+def cost(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Medians and bytes per batch and method; the ratio to the dense model is taken within a round."""
+    result: dict[str, Any] = {}
+    for batch, sizes in found["bytes"].items():
+        series: dict[str, list[dict[str, Any]]] = {
+            name: [seconds[batch][name] for seconds in found["seconds"]] for name in sizes
+        }
+        result[batch] = {}
+        for name, size in sizes.items():
+            broken = [one["error"] for one in (size, *series[name]) if "error" in one]
+            if broken:
+                result[batch][name] = {"error": broken[0]}
+                continue
+            row: dict[str, Any] = {"bytes": size}
+            for stage in ("first_token", "each_further_token"):
+                mine, dense = ([one[stage] for one in series[which]] for which in (name, DENSE))
+                row[stage] = {
+                    "milliseconds": Summary.of(mine).to_dict(1e3),
+                    "of_dense": Summary.of(paired(mine, dense)).to_dict(),
+                }
+            result[batch][name] = row
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The Markdown of docs/peers.md, from the results file alone."""
+    peer = results["peer"]
+    about, where, size = PEERS[peer], results["environment"], results["size"]
+    sides: dict[str, Any] = results["sides"]
+    versions = "; ".join(
+        f"{side}: " + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+        + f", Python {found['python']}"
+        for side, found in sides.items()
+    )  # fmt: skip
+    return (
+        f"# Beside {peer}\n\n"
+        f"What mmtoken and {peer} give for the same model, prompts and budget. Written by\n\n"
+        "```bash\n"
+        f"python -m mmtoken.evaluation.peers --peer {peer} --out benchmarks/peers.json --page docs/peers.md\n"
+        "```\n\n"
+        f"which makes an environment for {peer} with `pip install {' '.join(results['requirements'])}` in "
+        f"`.peers/{peer}`, if there is none, and runs the sides in turns, each in a process of its own. "
+        f"{peer} declares transformers {about.accepts}; mmtoken at least 5.17: no environment has both. "
+        f"Outside its range, on {results['beyond']['transformers']}: {_words(results['beyond']['found'])}.\n\n"
+        f"Random Llama: {size['num_hidden_layers']} layers of width {size['hidden_size']}, "
+        f"{size['num_attention_heads']} heads on {size['num_key_value_heads']} of keys, float32. Prompts of "
+        f"{', '.join(map(str, results['rows']))} tokens; int({results['keep']:g} n) of n entries of every head stay, "
+        "counted over the whole prompt. Settings: "
+        + "; ".join(
+            f"{name} {', '.join(f'{key} {value}' for key, value in settings.items())}".strip()
+            for name, settings in results["methods"].items()
+            if settings
+        )
+        + f". Nothing here says anything about accuracy.\n\n{versions}. {where['device']} ({where['clock']}), load "
+        f"average {' to '.join(map(str, results['load_average']))}.\n\n"
+        "## Output\n\n"
+        "Both sides against the formula, written a second time in plain loops "
+        "(`mmtoken/evaluation/peer_formulas.py`). Kept: cached entries that the formula keeps too, over all prompts, "
+        "layers and heads. For each batch, the largest difference of logits at the first token that reads the "
+        f"compressed cache, and the rows whose {results['new_tokens']} greedy tokens are the formula's; last, how far "
+        "the logits of the uncompressed model are from the formula. Batch 1: each prompt alone. Batch 4: all of them "
+        "through `generate()`, cut to the shortest, or padded on the left with their attention mask; every row is held "
+        "against the formula on this prompt alone.\n\n"
+        f"{equality_table(sides).markdown()}\n\n"
+        + "".join(
+            f"{side}, {name}, {BATCHES[what]}: `{_one_line(found['equality'][name][what]['error'])}`\n\n"
+            for side, found in sides.items()
+            for name in results["methods"]
+            for what in BATCHES
+            if "error" in found["equality"][name][what]
+        )
+        + "## Time and memory\n\n"
+        f"Medians of {results['rounds']} rounds ({results['turns']} starts of each side, in turns) with quartiles; "
+        "ratios to the dense model are taken within a round on the same side, for the sides run on different "
+        "versions of transformers. Prefill: `generate()` of one token, attaching included. Peak: most bytes of tensors "
+        "alive during two tokens, on top of weights and inputs; cache: keys and values after the prefill.\n\n"
+        + "\n\n".join(
+            f"### {title}\n\n{cost_table(sides, batch).markdown()}"
+            for batch, title in zip(TIMED, (f"Batch 1, {results['rows'][0]} tokens", "Batch 4, padded"), strict=True)
+        )
+        + "\n\n## Refused, or otherwise\n\n"
+        f"{next(iter(results['methods']))}, batch 1, in the words of each side:\n\n"
+        f"{probe_table(sides).markdown()}\n\n"
+        "## What this does not show\n\n"
+        f"- {peer} has what mmtoken does not: {about.more}\n"
+        f"- mmtoken has what {peer} does not: {about.less}\n"
+        "- GPUs, half precision, flash attention and trained weights were not run here.\n"
+    )
+
+
+def equality_table(sides: Mapping[str, Any]) -> Table:
+    """One line per method and side."""
+    rows = []
+    for name in next(iter(sides.values()))["equality"]:
+        for side, found in sides.items():
+            row = found["equality"][name]
+            kept = row.get("kept")
+            rows.append(
+                (
+                    f"{name}, {side}",
+                    f"{kept['equal']} of {kept['of']}" if kept else "",
+                    *(cell for what in BATCHES for cell in _agreement(row[what])),
+                    f"{row['dense']:.2g}",
+                )
+            )
+    titles = [cell for title in BATCHES.values() for cell in (title, "rows")]
+    return Table(("", "kept", *titles, "uncompressed"), rows)
+
+
+def _agreement(found: Mapping[str, Any]) -> tuple[str, str]:
+    if "error" in found:
+        return "error", "-"
+    return f"{found['logits']:.2g}", f"{found['rows_equal']} of {found['rows']}"
+
+
+def cost_table(sides: Mapping[str, Any], batch: str) -> Table:
+    """One line per method and side."""
+    rows = []
+    for name in next(iter(sides.values()))["cost"][batch]:
+        for side, found in sides.items():
+            row = found["cost"][batch][name]
+            if "error" in row:
+                rows.append((f"{name}, {side}", "error", *[""] * 5))
+                continue
+            stages = [row[stage] for stage in ("first_token", "each_further_token")]
+            rows.append(
+                (
+                    f"{name}, {side}",
+                    *(
+                        cell
+                        for stage in stages
+                        for cell in (_spread(stage["milliseconds"]), f"{stage['of_dense']['median']:.2f}")
+                    ),
+                    f"{row['bytes']['peak'] / 2**20:.2f}",
+                    f"{row['bytes']['cache'] / 2**20:.2f}",
+                )
+            )
+    return Table(("", "prefill ms", "of dense", "further token ms", "of dense", "peak MiB", "cache MiB"), rows)
+
+
+def _spread(summary: Mapping[str, float]) -> str:
+    return f"{summary['median']:.1f} ({summary['q1']:.1f}-{summary['q3']:.1f})"
+
+
+def probe_table(sides: Mapping[str, Any]) -> Table:
+    """One line per case, one column per side."""
+    cases = next(iter(sides.values()))["probes"]
+    rows = [
+        (
+            case,
+            *(
+                _one_line(f"`{got['error']}`" if isinstance(got := found["probes"][case], dict) else got)
+                for found in sides.values()
+            ),
+        )
+        for case in cases
+    ]
+    return Table(("", *sides), rows)
+
+
+def _words(found: str | Mapping[str, str]) -> str:
+    """An outcome, or an error in its own words."""
+    return found if isinstance(found, str) else f"`{_one_line(found['error'])}`"
+
+
+def _one_line(text: str) -> str:
+    """For a cell: no line breaks, bars or backticks, and cut where it gets long."""
+    flat = re.sub(r"\s+", " ", text).replace("|", "/").replace("`", "'")
+    return flat if len(flat) <= 300 else f"{flat[:300].rstrip()}..."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure and write the JSON and the page; 0 on success.
+
+    Raises:
+        MMTokenError: an argument cannot be used, or a side failed as a whole.
+    """
+    parser = argparse.ArgumentParser("python -m mmtoken.evaluation.peers", description=__doc__)
+    parser.add_argument("--peer", choices=list(PEERS), default="kvpress", help="default: %(default)s")
+    parser.add_argument("--environment", type=Path, help="folder of the peer's environment; default: .peers/PEER")
+    parser.add_argument("--out", type=Path, default=Path("peers.json"), help="default: %(default)s")
+    parser.add_argument("--page", type=Path, default=Path("peers.md"), help="default: %(default)s")
+    parser.add_argument("--turns", type=int, default=4, help="starts of each side; default: %(default)s")
+    options = parser.parse_args(argv)
+    if options.turns < 1:
+        raise MMTokenError(f"turns={options.turns}; give a whole number of at least 1.")
+    targets = check_target(options.out, "out", ".json"), check_target(options.page, "page", ".md")
+    peer = PEERS[options.peer]
+    results = measure(
+        options.peer,
+        make_environment(options.environment or Path(".peers") / options.peer, peer.requirements),
+        turns=options.turns,
+        requirements=peer.requirements,
+        distributions=peer.distributions,
+        beyond=version("transformers"),
+        progress=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
+    )
+    for target, text in zip(targets, (json.dumps(results, indent=1) + "\n", page(results)), strict=True):
+        with whole_file(target) as temporary:
+            temporary.write_text(text)
+    sys.stdout.write(f"{equality_table(results['sides']).text()}\n\nwrote {targets[0]} and {targets[1]}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except MMTokenError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,217 @@
+"""Comparing with a peer: the formulas, what counts as equal, and a run against a library that is not one."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mmtoken.errors import InputError, MMTokenError
+from mmtoken.evaluation import peers
+from mmtoken.evaluation.peer_formulas import FORMULAS, Layer, Reference, reference, rotate
+from mmtoken.evaluation.peers import BATCHES, DENSE, METHODS, OURS, Size, cost, equality, main, measure, page
+from tests.golden.case import GoldenCase
+from tests.golden.models import llama
+
+ROOT = Path(__file__).parents[2]
+RESULTS = json.loads((ROOT / "benchmarks" / "peers.json").read_text())
+
+# ----------------------------------------------------------------------------------------------------------- formulas
+
+GOLDEN = {
+    "SnapKV": ("snapkv", {"window_size": "window", "kernel_size": "kernel"}),
+    "ExpectedAttention": ("expected_attention", {"n_future_positions": "future", "n_sink": "sinks"}),
+    "TOVA": ("tova", {}),
+    "KeyDiff": ("keydiff", {}),
+    "Knorm": ("knorm", {}),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_keep_what_the_official_code_keeps(name: str) -> None:
+    case = GoldenCase.load(ROOT / "tests" / "golden" / "kvpress" / "case1.json")
+    press, renamed = GOLDEN[name]
+    official = case.settings.get(press, {})
+    settings = {ours: official[theirs] for theirs, ours in renamed.items()}
+    ids = case.take("input.input_ids")[0]
+    kept = reference(llama(case), ids, name, settings, 1 - case.settings["compression_ratio"], 2).kept
+    assert torch.equal(kept, torch.stack([case.tensors[f"expected.{press}.layer{i}.kept"] for i in range(len(kept))]))
+
+
+def test_the_dense_reference_is_generate() -> None:
+    case = GoldenCase.load(ROOT / "tests" / "golden" / "kvpress" / "case1.json")
+    model, ids = llama(case), case.take("input.input_ids")
+    found = reference(model, ids[0], DENSE, {}, 0.5, 6)
+    out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=50)
+    assert torch.equal(found.tokens, out[0, ids.shape[1] :]) and found.logits.shape == (6, 50)
+
+
+def test_rotation_by_hand() -> None:
+    turned = rotate(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]).double(), torch.tensor([2, 2]), 100.0)
+    wanted = [[-0.416147, 0, 0.909297, 0], [0, 0.980067, 0, 0.198669]]
+    torch.testing.assert_close(turned.float(), torch.tensor(wanted), rtol=0, atol=1e-6)
+
+
+def test_attention_of_a_query_stops_at_its_own_key() -> None:
+    keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]]]).double()
+    row = Layer(keys, keys, keys.flip(2), keys, 1e4).attention(0, 1)
+    torch.testing.assert_close(row, torch.tensor([0.669762, 0.330238, 0]).double(), rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- comparing
+
+
+def made_up(tokens: list[int], kept: list[int]) -> Reference:
+    """Two layers of one head; the logits of a token are one-hot."""
+    logits = torch.eye(4)[tokens]
+    return Reference(torch.tensor([[kept], [kept]]), torch.tensor(tokens), logits)
+
+
+def test_outputs_are_held_against_the_formula() -> None:
+    rows, even = [made_up([1, 2], [0, 2]), made_up([3, 0], [1])], [made_up([1, 1], [0])] * 2
+    dense = {"rows": [made_up([1, 3], [0, 1, 2]), made_up([3, 0], [0, 1])], "even": even}
+    logits = torch.stack([row.logits for row in rows])
+    logits[1, 1, 0] += 0.5
+    tensors = {"X.even.tokens": torch.tensor([[1, 1], [1, 2]]), "X.even.logits": torch.stack([even[0].logits] * 2)}
+    for number, row in enumerate(rows):
+        tensors |= {f"X.row {number}.tokens": row.tokens[None], f"X.row {number}.logits": logits[None, number]}
+    tensors |= {"X.row 0.kept": torch.tensor([[[0, 2]], [[1, 2]]]), "X.row 1.kept": torch.tensor([[[1]], [[0]]])}
+    found = equality("X", {"rows": rows, "even": even}, dense, tensors, {"X": {"padded": "OSError: no"}})
+    assert found == {
+        "dense": 1.0,
+        "alone": {"rows": 2, "rows_equal": 2, "logits": 0.5},
+        "even": {"rows": 2, "rows_equal": 1, "logits": 0.0},
+        "padded": {"error": "OSError: no"},
+        "kept": {"equal": 4, "of": 6},
+    }
+
+
+def test_costs_are_ratios_within_a_round() -> None:
+    def seconds(dense: float, mine: float) -> dict[str, Any]:
+        both = {DENSE: dense, "X": mine}
+        return {"padded": {name: {"first_token": s, "each_further_token": s / 2} for name, s in both.items()}}
+
+    found = {"bytes": {"padded": {DENSE: {"peak": 2}, "X": {"peak": 1}}}}
+    row = cost({**found, "seconds": [seconds(1, 2), seconds(2, 6), seconds(1, 10)]})["padded"]["X"]
+    assert row["bytes"] == {"peak": 1} and row["first_token"]["milliseconds"]["median"] == 6000
+    assert row["first_token"]["of_dense"]["median"] == 3 and row["each_further_token"]["milliseconds"]["low"] == 1000
+    broken = seconds(1, 2)
+    broken["padded"]["X"] = {"error": "OSError: no"}
+    assert cost({**found, "seconds": [seconds(1, 2), broken]})["padded"]["X"] == {"error": "OSError: no"}
+
+
+# ------------------------------------------------------------------------------------------- a run, without a peer
+
+
+@functools.cache
+def run() -> dict[str, Any]:
+    return measure(
+        "fake",
+        Path(sys.executable),
+        turns=1,
+        rounds=1,
+        methods={"SnapKV": {"window": 4, "kernel": 3}, "Knorm": {}},
+        rows=(24, 16, 12),
+        size=Size(32, 48, 2, 4, 2, 64),
+        probes=("keep nothing", "a prompt shorter than the window", "one prompt"),
+        distributions=("safetensors",),
+    )
+
+
+def test_mmtoken_gives_the_formula_alone_and_in_padded_batches() -> None:
+    for found in run()["sides"][OURS]["equality"].values():
+        assert found["kept"]["equal"] == found["kept"]["of"] == 2 * 2 * (12 + 8 + 6)
+        assert found["dense"] > 1e-2
+        for batch in BATCHES:
+            assert found[batch]["rows_equal"] == found[batch]["rows"] == 3 and found[batch]["logits"] < 1e-4
+
+
+def test_a_library_that_does_nothing_is_told_apart_and_its_refusals_are_recorded() -> None:
+    for found in run()["sides"]["fake"]["equality"].values():
+        assert found["alone"]["logits"] == pytest.approx(found["dense"], rel=1e-4)
+        assert found["even"] == found["padded"] == {"error": "NotImplementedError: one prompt at a time"}
+    assert run()["sides"]["fake"]["cost"]["padded"]["Knorm"] == {"error": "NotImplementedError: one prompt at a time"}
+    assert run()["sides"]["fake"]["cost"]["padded"][DENSE]["bytes"]["cache"] == 2 * 2 * 3 * 2 * 24 * 8 * 4
+
+
+def test_probes_hold_outcomes_and_errors() -> None:
+    ours, fake = (run()["sides"][side]["probes"] for side in (OURS, "fake"))
+    assert ours["keep nothing"]["error"].startswith("KeepError: keep=0.0")
+    assert {name: ours[name] for name in list(ours)[1:]} == dict.fromkeys(list(ours)[1:], "runs")
+    assert set(fake.values()) == {"runs"}
+
+
+def test_both_sides_tell_cost_and_versions() -> None:
+    assert json.loads(json.dumps(run())) == run()
+    half = run()["sides"][OURS]["cost"]["row 0"]
+    assert half["SnapKV"]["bytes"]["cache"] * 2 == half[DENSE]["bytes"]["cache"] == 2 * 2 * 2 * 24 * 8 * 4
+    assert half["Knorm"]["first_token"]["milliseconds"]["count"] == run()["rounds"] == 1
+    assert half["Knorm"]["bytes"]["peak"] > half["Knorm"]["bytes"]["cache"]
+    assert set(run()["sides"]["fake"]["versions"]) == {"torch", "transformers", "safetensors"}
+
+
+# ------------------------------------------------------------------------------------------------------ files, errors
+
+
+def test_the_page_is_generated() -> None:
+    """Out of date? Run `python -m tests.evaluation.test_peers`, which writes it anew from the results file."""
+    assert (ROOT / "docs" / "peers.md").read_text() == page(RESULTS)
+
+
+def test_the_committed_results_have_mmtoken_equal_to_the_formulas() -> None:
+    assert RESULTS["methods"] == METHODS and RESULTS["rounds"] >= 7
+    for found in RESULTS["sides"][OURS]["equality"].values():
+        assert found["kept"]["equal"] == found["kept"]["of"]
+        assert all(found[batch]["rows_equal"] == 4 and found[batch]["logits"] < 1e-4 for batch in BATCHES)
+
+
+def test_the_page_has_the_words_of_an_error() -> None:
+    results = json.loads(json.dumps(RESULTS))
+    side = results["sides"][results["peer"]]
+    side["equality"]["TOVA"]["padded"] = side["cost"]["padded"]["TOVA"] = {"error": "OSError: a | `b`\nc"}
+    text = page(results)
+    assert "kvpress, TOVA, batch 4, padded: `OSError: a / 'b' c`" in text and "| TOVA, kvpress | error |" in text
+
+
+def test_an_environment_that_is_there_is_used(tmp_path: Path) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.touch()
+    assert peers.make_environment(tmp_path, ("nothing",)) == python
+
+
+def test_a_failing_pip_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def refuse(command: list[str], **_: Any) -> Any:
+        calls.append(command[1:])
+        return SimpleNamespace(returncode=1, stderr="no such thing")
+
+    monkeypatch.setattr(peers.venv, "create", lambda folder, with_pip: calls.append([folder, with_pip]))
+    monkeypatch.setattr(peers.subprocess, "run", refuse)
+    with pytest.raises(MMTokenError, match=r"pip install one two failed.*no such thing"):
+        peers.make_environment(tmp_path / "new", ("one", "two"))
+    assert calls == [[tmp_path / "new", True], ["-m", "pip", "install", "-q", "one", "two"]]
+
+
+def test_a_side_that_fails_as_a_whole_is_told(tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text('{"library": "fake"}')
+    with pytest.raises(MMTokenError, match="library='fake': its run failed"):
+        peers.run_side(Path("false"), tmp_path)
+
+
+def test_arguments_are_checked_before_anything_is_installed(tmp_path: Path) -> None:
+    with pytest.raises(MMTokenError, match="turns=0"):
+        main(["--turns", "0"])
+    with pytest.raises(InputError, match=r"page=.*is not a \.md file"):
+        main(["--out", str(tmp_path / "peers.json"), "--page", str(tmp_path / "peers.txt")])
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "peers.md").write_text(page(RESULTS))
