@@ -27,7 +27,7 @@ ALLOWED = {
     "classify": {"errors", "compressors", "engine"},
     "control": {"errors", "tokens", "wholefile", "compressors", "backbones", "engine", "models", "kernels"},
     "datasets": {"errors", "tokens"},
-    "training": {"errors", "tokens", "wholefile", "datasets"},
+    "training": {"errors", "tokens", "wholefile", "datasets", "compressors", "engine"},
     "models": {"errors", "tokens", "wholefile", "compressors", "datasets", "engine", "training"},
     "hub": {"errors", "wholefile", "repository", "backbones", "compressors", "engine", "models"},
     "evaluation": {
