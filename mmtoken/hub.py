@@ -87,11 +87,16 @@ def load(
         trainable = saved.compressor.trainable
         chosen = read_parts(saved, source, options, "model") if trainable else saved.compressor
     _check_weights(source, options, settings)
+    settled = {
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        # Else it would look for an adapter on the main branch, whatever was asked, and on the hub even when offline.
+        "adapter_kwargs": {name: options[name] for name in DOWNLOAD if name in options},
+    }
     with _readable(source):
         # With output_loading_info a pair comes back, which its annotation does not say.
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source, **{**options, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        )
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, **{**options, **settled})
     model: PreTrainedModel = loaded[0]
     # transformers fills tensors that are missing or of another shape with random numbers and logs a warning.
     missing = sorted(loaded[1]["missing_keys"])
@@ -224,7 +229,7 @@ def _check_weights(source: str, options: dict[str, Any], settings: dict[str, Any
     `use_safetensors=True` is not enough: an index may list pickles and files elsewhere, a config may name one, and an
     adapter brings its own.
     """
-    if fetch(source, ADAPTER_FILE, options, "model") is not None:
+    if _found(source, ADAPTER_FILE, options) is not None:
         raise CheckpointError(
             f"model={source!r} holds {ADAPTER_FILE}, an adapter apart from the weights; merge it into them with peft "
             "(merge_and_unload) and save the model again."
@@ -236,7 +241,7 @@ def _check_weights(source: str, options: dict[str, Any], settings: dict[str, Any
     if named is not None:
         _check_name(source, "config.json", named, (".safetensors", ".safetensors.index.json"))
         single, index = named, named if named.endswith(".json") else index
-    listed = fetch(source, place + index, options, "model")
+    listed = _found(source, place + index, options)
     if listed is not None:
         try:
             shards = sorted(set(json.loads(listed.read_text())["weight_map"].values()), key=str)
@@ -248,6 +253,17 @@ def _check_weights(source: str, options: dict[str, Any], settings: dict[str, Any
             _check_name(source, index, shard, (".safetensors",))
     elif fetch(source, place + single, options, "model") is None:
         _refuse_pickles(source, file_names(source, options))
+
+
+def _found(source: str, name: str, options: dict[str, Any]) -> Path | None:
+    """A file that transformers would read, None if it finds none."""
+    try:
+        return fetch(source, name, options, "model")
+    except CheckpointError as error:
+        # Nobody is asked: what is not in the cache is not there for transformers either.
+        if options.get("local_files_only") and isinstance(error.__cause__, LocalEntryNotFoundError):
+            return None
+        raise
 
 
 def _check_name(source: str, where: str, name: object, endings: tuple[str, ...]) -> None:

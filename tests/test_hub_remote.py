@@ -348,6 +348,22 @@ def test_the_cache_is_enough_without_the_hub(trained: Trained, checkpoint: Path,
     assert same(load("org/model", local_files_only=True)[0], model)
 
 
+def test_what_another_program_fetched_is_enough_without_the_hub(
+    trained: Trained, checkpoint: Path, hub: HubServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its cache does not say which files the repository lacks."""
+    push(checkpoint, "org/model")
+    hub.add("org/bare", {"config.json": (checkpoint / "config.json").read_bytes(), "pytorch_model.bin": b""})
+    for name in ("org/model", "org/bare"):
+        huggingface_hub.snapshot_download(name)
+    hub.requests.clear()
+    assert same(load("org/model", local_files_only=True)[0], load(checkpoint)[0])
+    assert "whether org/model was saved with a compressor is not known" in caplog.text
+    with pytest.raises(CheckpointError, match=r"model='org/bare' .* not all of its files are in the cache"):
+        load("org/bare", local_files_only=True)
+    assert not hub.requests
+
+
 # Revisions
 
 
@@ -376,7 +392,7 @@ def test_a_model_is_of_one_commit_too(checkpoint: Path, hub: HubServer) -> None:
 
     def move(request: str) -> None:
         if "adapter_config.json" in request:
-            hub.repositories["org/model"].commit({"config.json": b"{}", "pytorch_model.bin": b"evil"})
+            hub.repositories["org/model"].commit({"config.json": b"{}", "adapter_config.json": b"{}", "a.bin": b"evil"})
 
     hub.watch = move
     load("org/model")

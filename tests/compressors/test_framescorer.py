@@ -14,9 +14,10 @@ import pytest
 import torch
 import transformers as tf
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
-from mmtoken.compressors.framequestion import frame_question
+from mmtoken.compressors.framequestion import TextPlanner, frame_question
 from mmtoken.compressors.framescorer import (
     CLIP,
     SCORERS,
@@ -73,6 +74,20 @@ def test_a_vlm_by_name_is_loaded_when_it_is_needed(tmp_path: Path) -> None:
     live = VLM(model, tf.AutoProcessor.from_pretrained(folder))
     assert scorer.score(clip()).tolist() == pytest.approx(live.score(clip()).tolist(), rel=1e-5)
     assert scorer.settings() == {"name": "vlm", "model": str(folder)}
+
+
+def test_models_by_name_are_not_read_from_pickles(tmp_path: Path) -> None:
+    folder = write_checkpoint("llava", tmp_path, layers=1)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    tf.AutoModelForImageTextToText.from_pretrained(folder)  # transformers alone does
+    for scorer in (VLM(str(folder)), CLIP(str(folder))):
+        with pytest.raises(OSError, match="safetensors"):
+            scorer.score(clip())
+    tf.LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1).save_pretrained(tmp_path / "text")
+    torch.save({}, tmp_path / "text" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        TextPlanner.load(str(tmp_path / "text"))
 
 
 class Padded:

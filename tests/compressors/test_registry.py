@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 
 import pytest
@@ -174,6 +175,14 @@ def test_a_module_that_is_not_imported_is_refused_and_stays_unimported(tmp_path)
         env={"PYTHONPATH": f"{tmp_path}:{':'.join(sys.path)}"},
     )
     assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+def test_a_module_that_loads_its_parts_lazily_is_not_asked_for_them(monkeypatch):
+    lazy = types.ModuleType("lazy")
+    lazy.__getattr__ = lambda name: pytest.fail(f"{name} would be imported")
+    monkeypatch.setitem(sys.modules, "lazy", lazy)
+    with pytest.raises(UnknownNameError, match=r"class_path='lazy\.DivPrune' is no Compressor"):
+        resolve({"class_path": "lazy.DivPrune"})
 
 
 def test_facts_have_a_full_row_per_compressor():
