@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import mmtoken
 from mmtoken import attach, compress
 from mmtoken import compressors as shelf
-from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.base import Compressor, Context, Positions
 from mmtoken.compressors.tca import condense, split_to
 from mmtoken.errors import UnsupportedError
+from mmtoken.tokens import VisualTokens
 from tests import oracle
 from tests.backbones.tiny_towers import (
     OPEN_CLIP,
@@ -499,8 +500,11 @@ def test_calls_that_nothing_can_be_restored_for_are_refused(name: str) -> None:
     assert torch.equal(model(images), plain)
 
 
-@pytest.mark.parametrize("make", [lambda **k: make_timm("vit_tiny_patch16_224", patch_drop_rate=0.5),
-                                  lambda **k: make_clip(patch_dropout=0.5).visual], ids=["timm", "open_clip"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [lambda: make_timm("vit_tiny_patch16_224", patch_drop_rate=0.5), lambda: make_clip(patch_dropout=0.5).visual],
+    ids=["timm", "open_clip"],
+)
 def test_patch_dropout_is_refused_while_training(make: Any) -> None:
     model = make()
     with compress(model, shelf.ToMe(keep=3)) as session:
@@ -508,6 +512,53 @@ def test_patch_dropout_is_refused_while_training(make: Any) -> None:
         assert session.report.tokens_out == [3, 3]
         with pytest.raises(UnsupportedError, match="patch dropout"):
             model.train()(pictures())
+
+
+def test_heads_that_pool_over_patches_refuse_rows_of_different_length() -> None:
+    """Padding of a short row would count in the mean."""
+    images, ragged = pictures(), _Ragged()
+    for model in (tower("vit_small_patch16_dinov3"), tower("clip-mean")):
+        with torch.no_grad(), compress(model, ragged) as session:
+            with pytest.raises(UnsupportedError, match="pools over all places"):
+                model(images)
+            assert model(images[:1]).shape[0] == 1
+            assert session.report.tokens_out == [PATCHES - 1]
+    for name in ("vit_tiny_patch16_224", "clip"):
+        with torch.no_grad(), compress(tower(name), ragged) as session:
+            got = tower(name)(images)
+            assert session.report.tokens_out == [PATCHES - 1, PATCHES - 2]
+        with torch.no_grad():
+            assert_close(got[1:], _dropped(tower(name), name, images[1:], 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ragged(Compressor):
+    """Drops the last patch of the first image of a batch, the last two of the second one, before block 1."""
+
+    keep: int | float = 1.0
+    positions: Positions = "keep"
+
+    def vision_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
+        if layer != 1:
+            return tokens
+        left = torch.arange(tokens.source.shape[1]) < PATCHES - 1 - torch.arange(len(tokens))[:, None]
+        return tokens.where(left)
+
+
+def _dropped(model: Any, name: str, images: Tensor, count: int) -> Tensor:
+    keep = torch.arange(PATCHES).expand(len(images), -1) < PATCHES - count
+    with masked(model, name, {1: keep, 2: keep}):
+        out: Tensor = model(images)
+    return out
+
+
+def test_parts_that_cut_at_two_places_of_a_block_cannot_be_combined() -> None:
+    with pytest.raises(mmtoken.MMTokenError, match="at two places"):
+        shelf.Sequential(parts=(shelf.FlowCut(keep=0.5), shelf.TCA(keep=0.5)))
+    both = shelf.Sequential(parts=(shelf.TCA(keep=0.5), shelf.DivPrune(keep=0.5)))
+    with torch.no_grad(), compress(tower("clip"), both) as session:
+        tower("clip")(pictures())
+    assert both.tower_cut == "mlp" and session.report.tokens_out == [4, 4]
 
 
 def test_towers_are_found_without_importing_their_libraries() -> None:
