@@ -37,11 +37,11 @@ class TimmViT(BareTower):
                 "this timm model has registers but no class token, so that methods would read a register as CLS; use a "
                 "model with class_token=True or reg_tokens=0."
             )
-        attention = model.blocks[0].attn
         for block in model.blocks:
-            if not isinstance(block.attn, Attention | AttentionRope | EvaAttention):
+            attention = block._modules.get("attn")
+            if not isinstance(attention, Attention | AttentionRope | EvaAttention):
                 raise UnsupportedError(
-                    f"{type(block).__name__} of this timm model attends by {type(block.attn).__name__}, which is not "
+                    f"{type(block).__name__} of this timm model attends by {type(attention).__name__}, which is not "
                     "known here; use a model with timm's Attention, AttentionRope or EvaAttention."
                 )
         return Tower(
@@ -50,12 +50,12 @@ class TimmViT(BareTower):
             feature_block=len(model.blocks) - 1,
             prefix=model.num_prefix_tokens,
             unit=1,
-            heads=attention.num_heads,
+            heads=model.blocks[0].attn.num_heads,
             attention="attn",
             norms=("norm1", "norm2"),
             sequential=all(isinstance(block, Block | EvaBlock) for block in model.blocks),
             split=split,
-            rotate=None if isinstance(attention, Attention) else rotate,
+            rotate=None if isinstance(model.blocks[0].attn, Attention) else rotate,
             mask="attn_mask",
             any_mask=True,
             last=model.norm,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmtoken.classify.zero_shot import check_classifier, zero_shot_logits
 from mmtoken.compressors import TCA
 from mmtoken.engine.class_states import class_states
-from mmtoken.engine.session import compress
+from mmtoken.engine.session import check, compress
 from mmtoken.errors import InputError, MMTokenError
 
 
@@ -124,7 +124,7 @@ class TCAClassifier:
         settings: what is held and what that adds.
 
     Raises:
-        UnsupportedError: the model is no such one.
+        UnsupportedError: the model is no such one, or cannot host the compressor.
         InputError: weights have another shape.
     """
 
@@ -135,6 +135,9 @@ class TCAClassifier:
         self.model, self.weights = model, weights
         self.compressor = TCA(drop=0.1) if compressor is None else compressor
         self.settings = Correction() if settings is None else settings
+        check(model, self.compressor)
+        with class_states(model):
+            pass
         self.reset()
 
     def reset(self) -> None:

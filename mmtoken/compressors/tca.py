@@ -246,16 +246,17 @@ def condense(features: Tensor, count: int, first: int = 0) -> tuple[Tensor, Tens
         with the lowest index is the next centre, and a token goes to the first of equally near centres. Tokens at the
         place of their centre weigh as much as it.
     """
-    centres = [min(first, len(features) - 1)]
-    nearest = torch.cdist(features, features[centres])[:, 0]
+    centres, places = [min(first, len(features) - 1)], features.detach()
+    nearest = torch.cdist(places, places[centres])[:, 0]
     for _ in range(min(count, len(features)) - 1):
         nearest[centres[-1]] = -1.0
         centres.append(int(nearest.argmax()))
-        nearest = torch.minimum(nearest, torch.cdist(features, features[centres[-1:]])[:, 0])
+        nearest = torch.minimum(nearest, torch.cdist(places, places[centres[-1:]])[:, 0])
         nearest[centres] = -1.0
     chosen = torch.tensor(centres, device=features.device)
     distance, owner = torch.cdist(features, features[chosen]).min(-1)
-    # Two centres may be at one place; each owns itself.
+    # Two centres may be at one place; each owns itself. A copy, as gradients of the distance need the places.
+    owner = owner.clone()
     owner[chosen] = torch.arange(len(chosen), device=features.device)
     distance[chosen] = 0.0
     weight = torch.where(distance > 0, 1 / distance.clamp(min=1e-12), 1.0)

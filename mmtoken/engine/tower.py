@@ -129,12 +129,9 @@ class TowerRun(ABC):
     def record(self, kwargs: dict[str, Any]) -> BlockCall:
         """An empty record of a block that is called with these arguments on the current sequence."""
 
-    def cut_inside(self, number: int, hidden: Tensor, tokens: VisualTokens) -> Tensor:
-        """The hidden states that hold `tokens` only, which are written into `hidden` as well."""
-        short = self.shorten(hidden, tokens)
-        self.write(hidden, short)
+    def note_cut(self, number: int) -> None:
+        """Note that block `number` puts out the sequence as the last cut left it."""
         self.backs[number] = self.now.output_back = self.back
-        return short
 
     @abstractmethod
     def units(self, hidden: Tensor) -> VisualTokens:

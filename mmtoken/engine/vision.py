@@ -353,8 +353,7 @@ class VisionHooks:
         """What the method leaves of the tokens at a block."""
         method, tokens = self.session.compressor, run.units(hidden)
         if self.tower.prefix:
-            # A copy, as hidden states may be written to.
-            run.cls = hidden[:, 0].clone()
+            run.cls = hidden[:, 0]
         context = self._context(run, tokens, inside=True)
         return self.session.run_site(
             "vision_layer", number, tokens, context, lambda t: method.vision_layer(t, number, context)
@@ -386,7 +385,12 @@ class VisionHooks:
         if run is None:
             return None
         self._thread.long = hidden.shape[:-1]
-        return (run.cut_inside(number, hidden, self._choose(run, number, hidden)), *args[1:])
+        # What the method computes from a copy, it may need unchanged for gradients.
+        seen = hidden.clone()
+        short = run.shorten(seen, self._choose(run, number, seen))
+        run.write(hidden, short)
+        run.note_cut(number)
+        return (short, *args[1:])
 
     def _after_mlp(self, mlp: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         run, long = self._run, self._thread.long
