@@ -324,8 +324,12 @@ class DecoderHooks:
         if items.size is not None:
             tokens = tokens.replace(size=items.size)
         if acted == {"frames"}:
-            return tokens.where((items.mass > 0) | tokens.protected)
-        return most_mass(tokens, items.mass, self.compressor.encoder_keep())
+            left = tokens.where((items.mass > 0) | tokens.protected)
+        else:
+            left = most_mass(tokens, items.mass, self.compressor.encoder_keep())
+        if "frames" not in acted:
+            return left
+        return left.where(items.mass.gather(1, left.source) >= 0)
 
     def plan(
         self,

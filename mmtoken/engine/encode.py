@@ -100,7 +100,7 @@ class Encoded:
         modality: "image" or "video".
         layout: tokens per item, grids, separators.
         mass: float[tokens], share of each token's patches that a tower method left, None if none acted; for methods
-            around the projector 1 or 0.
+            around the projector 1 or 0; -1 for separators that leave with their frame.
         size: float[tokens], how many original tokens each stands for, None where nothing was merged.
         tower: attention, keys and features of tower blocks per token; None without a tower.
         cls: float[items, D] CLS features where the projector reads, None without CLS.
@@ -257,7 +257,8 @@ def choose_frames(method: Compressor, clips: list[Tensor], contexts: list[FrameC
 def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor]) -> Encoded:
     """Stretch features and facts of some frames to all frames, so that they fit the prompt.
 
-    A frame that was not encoded holds copies of the last encoded one before it, at mass 0.
+    A frame that was not encoded holds copies of the last encoded one before it, at mass 0; a separator of its own,
+    which comes first in it (CLS), leaves with it and has mass -1.
     """
     index, chosen, frames_at = [], [], []
     protected = full.protected.split(full.counts)
@@ -274,16 +275,19 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
         inside = torch.arange(frames * area, device=device)
         places = (~protected[item]).nonzero()[:, 0]
         copied = (~encoded[item]).nonzero()[:, 0][nearest[inside // area] * area + inside % area]
-        # A separator belongs to the token before it.
-        before = ((~protected[item]).long().cumsum(-1) - 1).clamp(min=0)
-        where = copied[before] + torch.arange(full.counts[item], device=device) - places[before]
+        # A separator belongs to the token before it, or, where frames begin with one, to the token after it.
+        first, token = bool(protected[item][0]), (~protected[item]).long()
+        owner = (token.cumsum(-1) - (token if first else 1)).clamp(min=0)
+        where = copied[owner] + torch.arange(full.counts[item], device=device) - places[owner]
         index.append(where)
-        mass = torch.zeros(full.counts[item], device=device)
-        mass[~protected[item]] = torch.isin(inside // area, pick.to(device)).float()
+        mass = torch.isin(owner // area, pick.to(device)).float()
+        mass[protected[item]] = mass[protected[item]] - 1 if first else 0.0
         chosen.append(mass)
     offsets = torch.tensor([0, *record.layout.counts[:-1]], device=full.protected.device).cumsum(0)
     flat = torch.cat([where + offset for where, offset in zip(index, offsets, strict=True)])
     features = output.pooler_output
+    if len(features) > len(index):  # an entry per frame
+        features = torch.stack(features.flatten(0, 1).split(record.layout.counts))
     stretched = [
         part[_within(where, separators, len(part))]
         for part, where, separators in zip(features, index, encoded, strict=True)
@@ -306,7 +310,7 @@ def fill_frames(output: Any, record: Encoded, full: Layout, picks: list[Tensor])
     return replace(
         record,
         layout=full,
-        mass=mass if inner is None else mass * inner,
+        mass=mass if inner is None else torch.where(mass > 0, mass * inner, mass),
         size=stretch(record.size),
         tower=None if record.tower is None else record.tower.at(flat),
         frames=None if record.frames is None else record.frames.at(frames_at),

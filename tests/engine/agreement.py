@@ -51,6 +51,18 @@ def assert_close(got: Tensor, want: Tensor) -> None:
     assert error <= 1e-5 * scale, f"differs by {error:.2e} at entries up to {scale:.1f}"
 
 
+def tower_of(model: Any) -> tuple[Any, nn.ModuleList, int]:
+    """The tower module, its blocks, its heads; of two towers the one for videos."""
+    config = model.config
+    base = getattr(model, "model", model)
+    if hasattr(base, "visual"):
+        return base.visual, base.visual.blocks, config.vision_config.num_heads
+    tower = getattr(base, "video_tower", getattr(base, "vision_tower", base))
+    inner = tower._modules.get("vision_model", tower)
+    heads = getattr(config, "vision_config", config).num_attention_heads
+    return tower, inner.encoder.layers, heads
+
+
 def left_in_layers(report: Report, batch: Mapping[str, Any], depth: int) -> dict[int, Tensor]:
     """Per decoder layer bool[B, L], False at visual tokens that a report says the layer did not see."""
     assert report.tokens is not None
@@ -65,8 +77,7 @@ def left_in_layers(report: Report, batch: Mapping[str, Any], depth: int) -> dict
         for item, kept in enumerate([] if now is None else now):
             gone = torch.ones(len(report.places[item]), dtype=torch.bool)
             gone[kept] = False
-            separators = report.tokens.valid[item] & report.tokens.protected[item]
-            gone[report.tokens.source[item][separators]] = False
+            gone[report.separators[item]] = False
             left[report.item_rows[item], report.places[item][gone]] = False
         keep[layer] = left
     return keep

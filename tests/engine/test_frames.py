@@ -17,7 +17,7 @@ from mmtoken.errors import InputError, UnsupportedError
 from mmtoken.tokens import VisualTokens
 from tests import oracle
 from tests.backbones.tiny_models import CELLS, inputs, video_families
-from tests.engine.agreement import assert_close, left_in_layers, tiny
+from tests.engine.agreement import assert_close, left_in_layers, tiny, tower_of
 
 TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(tf.LlavaModel.forward).parameters
 VIDEO = video_families()
@@ -77,6 +77,10 @@ def frames_left(model: nn.Module, session: Any, batch: dict[str, Tensor], pick: 
         grids = [(frames, 4, 0)] * videos
         newline = torch.tensor([False, False, True]).repeat(8 * videos)
         where = where[~newline]
+    if model.config.model_type == "llava_next_video":
+        grids = [(frames, 4, 0)] * videos
+    if model.config.model_type == "video_llava":  # CLS and 16 patches
+        grids = [(frames, 17, 0)] * videos
     start = 0
     for frames, area, newline in grids:
         left = pick(frames)
@@ -124,7 +128,7 @@ def test_all_frames_is_the_plain_model(family: str) -> None:
 def test_the_tower_encodes_the_chosen_frames_only(family: str) -> None:
     model = tiny(family)
     batch = inputs(model, family, "video", "single")
-    tower = model.base_model.visual if "video_grid_thw" in batch else model.base_model.vision_tower
+    tower, _, _ = tower_of(model)
     rows: list[int] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from mmtoken.engine.session import Session
 from mmtoken.errors import InputError, UnsupportedError
 from tests import oracle
 from tests.backbones.tiny_models import build, inputs, video_families
-from tests.engine.agreement import tiny
+from tests.engine.agreement import tiny, tower_of
 
 VIDEO = video_families()
 BARE = ("clip_vision", "siglip_vision")
@@ -188,18 +188,6 @@ def watching(blocks: nn.ModuleList) -> Iterator[tuple[list[Any], list[Tensor]]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def tower_of(model: Any) -> tuple[Any, nn.ModuleList, int]:
-    """The tower module, its blocks, its heads."""
-    config = model.config
-    base = getattr(model, "model", model)
-    if hasattr(base, "visual"):
-        return base.visual, base.visual.blocks, config.vision_config.num_heads
-    tower = getattr(base, "vision_tower", base)
-    inner = tower._modules.get("vision_model", tower)
-    heads = getattr(config, "vision_config", config).num_attention_heads
-    return tower, inner.encoder.layers, heads
 
 
 def frames_of(entered: list[Any], shapes: list[tuple[int, int]], depth: int) -> list[list[list[Frame]]]:

@@ -25,14 +25,12 @@ from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import VisualTokens
 from tests import oracle
 from tests.backbones.processors import conversation, video, write_checkpoint
-from tests.backbones.tiny_models import inputs, video_families, visual_mask
+from tests.backbones.tiny_models import STACKED, inputs, video_families, visual_mask
 from tests.engine.agreement import assert_close, tiny
 from tests.engine.test_frames import TAKES_FEATURES
 
 VIDEO = video_families()
 SEEN: list[Any] = []
-STACKED = {"llava_onevision": 17, "llava_video": 24}
-"""Families that want videos of one length in a batch, and their tokens per video here."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def test_every_video_is_chosen_by_the_question_of_its_own_row(family: str) -> No
     batch = inputs(model, family, "video", "padded_ragged")
     per_row = (batch["input_ids"] == model.config.video_token_id).sum(-1).tolist()
     SEEN.clear()
-    if family not in STACKED:  # which stacks videos, and wants as many frames of each
+    if (family, "video") not in STACKED:  # which stacks videos, and wants as many frames of each
         with compress(model, LongerQuestionsSeeMore()):
             oracle.generate_with_logits(model, batch, max_new_tokens=2)
     else:
@@ -185,8 +183,8 @@ def test_every_video_is_chosen_by_the_question_of_its_own_row(family: str) -> No
             oracle.generate_with_logits(model, batch, max_new_tokens=2)
     rows = (
         [0, 1, 2]
-        if family not in STACKED
-        else [row for row, n in enumerate(per_row) for _ in range(n // STACKED[family])]
+        if (family, "video") not in STACKED
+        else [row for row, n in enumerate(per_row) for _ in range(n // STACKED[family, "video"])]
     )
     assert [ids.tolist() for ids, *_ in SEEN] == [texts(model, batch)[row].tolist() for row in rows]
 
