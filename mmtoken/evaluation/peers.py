@@ -404,7 +404,7 @@ def page(results: Mapping[str, Any]) -> str:
         + f". Nothing here says anything about accuracy.\n\n{versions}. {where['device']} ({where['clock']}), load "
         f"average {' to '.join(map(str, results['load_average']))}.\n\n"
         f"{summary_table(sides).markdown()}\n\n"
-        "Rows over all methods; shares of the dense model on the same side, of the methods with the least and the most.\n\n"
+        "Rows of all methods; costs as shares of the dense model's on the same side, least to most over the methods.\n\n"
         "## Output\n\n"
         "Both sides against the formula, written a second time in plain loops "
         "(`mmtoken/evaluation/peer_formulas.py`). Kept: cached entries that the formula keeps too, over all prompts, "
@@ -436,8 +436,8 @@ def page(results: Mapping[str, Any]) -> str:
         "## What this does not show\n\n"
         f"- {peer} has what mmtoken does not: {about.more}\n"
         f"- mmtoken has what {peer} does not: {about.less}\n"
-        "- AngelSlim, which has ten methods for visual tokens on two families of models, was not run: its wheel 0.5.0 does "
-        "not contain them (`angelslim/compressor/token_compressor`).\n"
+        "- AngelSlim, which has ten methods for visual tokens on two families of models, was not run: its wheel 0.5.0 "
+        "does not contain them (`angelslim/compressor/token_compressor`).\n"
         "- GPUs, half precision, flash attention and trained weights were not run here.\n"
     )
 
@@ -451,14 +451,15 @@ def summary_table(sides: Mapping[str, Any]) -> Table:
     for batch, title in zip(TIMED, (BATCHES["alone"], BATCHES["padded"]), strict=True):
         for cell, what in (("first_token", "prefill time"), ("peak", "peak memory"), ("cache", "cache")):
             spans = (_span(found["cost"][batch], cell) for found in sides.values())
-            rows.append((f"{title}: {what} of dense", *spans))
+            rows.append((f"{title}: {what} over dense", *spans))
     return Table(("", *sides), rows)
 
 
 def _rows_equal(found: Mapping[str, Any], what: str) -> str:
-    """Over all methods; a method that raised has none."""
-    count = max((row[what].get("rows", 0) for row in found.values()), default=0)
-    return f"{sum(row[what].get('rows_equal', 0) for row in found.values())} of {count * len(found)}"
+    """Over all methods, or that one of them raised."""
+    if any("error" in row[what] for row in found.values()):
+        return "error"
+    return " of ".join(str(sum(row[what][count] for row in found.values())) for count in ("rows_equal", "rows"))
 
 
 def _span(found: Mapping[str, Any], cell: str) -> str:

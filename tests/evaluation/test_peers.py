@@ -199,15 +199,19 @@ def test_the_summary_counts_rows_and_spans_costs_over_methods() -> None:
         equal = {"alone": {"rows": 2, "rows_equal": rows}, "even": even, "padded": {"error": "no"}}
         dense, stage = {"bytes": {"peak": 8, "cache": 4}}, {"of_dense": {"median": ratio}}
         one = {"bytes": {"peak": 4, "cache": 1}, "first_token": stage}
+        two = {**one, "first_token": {"of_dense": {"median": ratio + 1}}}
         broken = {DENSE: dense, "X": {"error": "no"}}
-        return {"equality": {"X": equal, "Y": equal}, "cost": {"row 0": {DENSE: dense, "X": one}, "padded": broken}}
+        return {
+            "equality": {"X": equal, "Y": equal},
+            "cost": {"row 0": {DENSE: dense, "X": one, "Y": two}, "padded": broken},
+        }
 
     rows = {row[0]: tuple(row[1:]) for row in summary_table({"a": side(2, 1.5), "b": side(1, 0.5)}).rows}
     assert rows["batch 1: rows that are the formula's"] == ("4 of 4", "2 of 4")
-    assert rows["batch 4, padded: rows that are the formula's"] == ("0 of 0", "0 of 0")
-    assert rows["batch 1: prefill time of dense"] == ("1.50 to 1.50", "0.50 to 0.50")
-    assert rows["batch 1: cache of dense"] == ("0.25 to 0.25",) * 2
-    assert rows["batch 4, padded: peak memory of dense"] == ("error", "error")
+    assert rows["batch 4, padded: rows that are the formula's"] == ("error", "error")
+    assert rows["batch 1: prefill time over dense"] == ("1.50 to 2.50", "0.50 to 1.50")
+    assert rows["batch 1: cache over dense"] == ("0.25 to 0.25",) * 2
+    assert rows["batch 4, padded: peak memory over dense"] == ("error", "error")
 
 
 def test_an_environment_that_is_there_is_used(tmp_path: Path) -> None:
