@@ -404,7 +404,7 @@ def page(results: Mapping[str, Any]) -> str:
         + f". Nothing here says anything about accuracy.\n\n{versions}. {where['device']} ({where['clock']}), load "
         f"average {' to '.join(map(str, results['load_average']))}.\n\n"
         f"{summary_table(sides).markdown()}\n\n"
-        "Rows of all methods; costs as shares of the dense model's on the same side, least to most over the methods.\n\n"
+        "Rows of all methods; costs as shares of the dense model's on the same side, least to most over methods.\n\n"
         "## Output\n\n"
         "Both sides against the formula, written a second time in plain loops "
         "(`mmtoken/evaluation/peer_formulas.py`). Kept: cached entries that the formula keeps too, over all prompts, "
