@@ -403,6 +403,8 @@ def page(results: Mapping[str, Any]) -> str:
         )
         + f". Nothing here says anything about accuracy.\n\n{versions}. {where['device']} ({where['clock']}), load "
         f"average {' to '.join(map(str, results['load_average']))}.\n\n"
+        f"{summary_table(sides).markdown()}\n\n"
+        "Rows of all methods; costs as shares of the dense model's on the same side, least to most over methods.\n\n"
         "## Output\n\n"
         "Both sides against the formula, written a second time in plain loops "
         "(`mmtoken/evaluation/peer_formulas.py`). Kept: cached entries that the formula keeps too, over all prompts, "
@@ -434,8 +436,40 @@ def page(results: Mapping[str, Any]) -> str:
         "## What this does not show\n\n"
         f"- {peer} has what mmtoken does not: {about.more}\n"
         f"- mmtoken has what {peer} does not: {about.less}\n"
+        "- AngelSlim, which has ten methods for visual tokens on two families of models, was not run: its wheel 0.5.0 "
+        "does not contain them (`angelslim/compressor/token_compressor`).\n"
         "- GPUs, half precision, flash attention and trained weights were not run here.\n"
     )
+
+
+def summary_table(sides: Mapping[str, Any]) -> Table:
+    """One column per side: rows that are the formula's, and the span of the costs over the methods."""
+    rows = [
+        (f"{title}: rows that are the formula's", *(_rows_equal(found["equality"], what) for found in sides.values()))
+        for what, title in BATCHES.items()
+    ]
+    for batch, title in zip(TIMED, (BATCHES["alone"], BATCHES["padded"]), strict=True):
+        for cell, what in (("first_token", "prefill time"), ("peak", "peak memory"), ("cache", "cache")):
+            spans = (_span(found["cost"][batch], cell) for found in sides.values())
+            rows.append((f"{title}: {what} over dense", *spans))
+    return Table(("", *sides), rows)
+
+
+def _rows_equal(found: Mapping[str, Any], what: str) -> str:
+    """Over all methods, or that one of them raised."""
+    if any("error" in row[what] for row in found.values()):
+        return "error"
+    return " of ".join(str(sum(row[what][count] for row in found.values())) for count in ("rows_equal", "rows"))
+
+
+def _span(found: Mapping[str, Any], cell: str) -> str:
+    """Least and most over the methods, as shares of the dense model; for a time, of medians of ratios."""
+    shares = [
+        row[cell]["of_dense"]["median"] if cell in row else row["bytes"][cell] / found[DENSE]["bytes"][cell]
+        for name, row in found.items()
+        if name != DENSE and "error" not in row
+    ]
+    return f"{min(shares):.2f} to {max(shares):.2f}" if shares else "error"
 
 
 def equality_table(sides: Mapping[str, Any]) -> Table:
@@ -495,16 +529,7 @@ def _spread(summary: Mapping[str, float]) -> str:
 def probe_table(sides: Mapping[str, Any]) -> Table:
     """One line per case, one column per side."""
     cases = next(iter(sides.values()))["probes"]
-    rows = [
-        (
-            case,
-            *(
-                _one_line(f"`{got['error']}`" if isinstance(got := found["probes"][case], dict) else got)
-                for found in sides.values()
-            ),
-        )
-        for case in cases
-    ]
+    rows = [(case, *(_words(found["probes"][case]) for found in sides.values())) for case in cases]
     return Table(("", *sides), rows)
 
 

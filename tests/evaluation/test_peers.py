@@ -15,7 +15,19 @@ import torch
 from mmtoken.errors import InputError, MMTokenError
 from mmtoken.evaluation import peers
 from mmtoken.evaluation.peer_formulas import FORMULAS, Layer, Reference, reference, rotate
-from mmtoken.evaluation.peers import BATCHES, DENSE, METHODS, OURS, Size, cost, equality, main, measure, page
+from mmtoken.evaluation.peers import (
+    BATCHES,
+    DENSE,
+    METHODS,
+    OURS,
+    Size,
+    cost,
+    equality,
+    main,
+    measure,
+    page,
+    summary_table,
+)
 from tests.golden.case import GoldenCase
 from tests.golden.models import llama
 
@@ -175,8 +187,31 @@ def test_the_page_has_the_words_of_an_error() -> None:
     results = json.loads(json.dumps(RESULTS))
     side = results["sides"][results["peer"]]
     side["equality"]["TOVA"]["padded"] = side["cost"]["padded"]["TOVA"] = {"error": "OSError: a | `b`\nc"}
+    side["probes"]["static cache"] = {"error": "OSError: x"}
     text = page(results)
+    assert "| `OSError: x` |" in text
     assert "kvpress, TOVA, batch 4, padded: `OSError: a / 'b' c`" in text and "| TOVA, kvpress | error |" in text
+
+
+def test_the_summary_counts_rows_and_spans_costs_over_methods() -> None:
+    def side(rows: int, ratio: float) -> dict[str, Any]:
+        even = {"rows": 2, "rows_equal": 1}
+        equal = {"alone": {"rows": 2, "rows_equal": rows}, "even": even, "padded": {"error": "no"}}
+        dense, stage = {"bytes": {"peak": 8, "cache": 4}}, {"of_dense": {"median": ratio}}
+        one = {"bytes": {"peak": 4, "cache": 1}, "first_token": stage}
+        two = {**one, "first_token": {"of_dense": {"median": ratio + 1}}}
+        broken = {DENSE: dense, "X": {"error": "no"}}
+        return {
+            "equality": {"X": equal, "Y": equal},
+            "cost": {"row 0": {DENSE: dense, "X": one, "Y": two}, "padded": broken},
+        }
+
+    rows = {row[0]: tuple(row[1:]) for row in summary_table({"a": side(2, 1.5), "b": side(1, 0.5)}).rows}
+    assert rows["batch 1: rows that are the formula's"] == ("4 of 4", "2 of 4")
+    assert rows["batch 4, padded: rows that are the formula's"] == ("error", "error")
+    assert rows["batch 1: prefill time over dense"] == ("1.50 to 2.50", "0.50 to 1.50")
+    assert rows["batch 1: cache over dense"] == ("0.25 to 0.25",) * 2
+    assert rows["batch 4, padded: peak memory over dense"] == ("error", "error")
 
 
 def test_an_environment_that_is_there_is_used(tmp_path: Path) -> None:
