@@ -105,7 +105,8 @@ def text_assistant(cell: Cell) -> dict[str, Any]:
     return {"assistant_model": build("llama", seed=3, layers=2), **options(cell[0])}
 
 
-# Before transformers encoded pixels apart from the forward, an assistant was handed them too; types of tokens still are.
+# Before transformers encoded pixels apart from the forward, an assistant was handed them too; it still is handed the
+# types of tokens.
 TAKES_TEXT_ASSISTANT = [cell for cell in CELLS if oracle.ENCODES_APART and cell[0] not in (*DYNAMIC, *GEMMA)]
 
 

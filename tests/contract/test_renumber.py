@@ -91,7 +91,7 @@ def rotating_by(model: nn.Module, per_layer: Mapping[int, Tensor]) -> Iterator[N
 
 
 def whole_mask(model: nn.Module, inputs: oracle.Inputs, more: int) -> Any:
-    """The mask over prompts and `more` tokens after them: int[B, S], or where types of tokens count bool[B, 1, S, S]."""
+    """The mask over prompts and `more` tokens after them: int[B, S], where types of tokens count bool[B, 1, S, S]."""
     real = nn.functional.pad(inputs["attention_mask"], (0, more), value=1)
     if "token_type_ids" not in inputs:
         return real
