@@ -37,7 +37,8 @@ def compress_inputs(
     """Encode the images of `inputs` and return inputs that hold the kept visual tokens only.
 
     `model.generate(**compress_inputs(model, DivPrune(keep=64), inputs))` gives what generate gives with the compressor
-    attached; `torch.compile(model, fullgraph=True)` works on the result. The prompt in it is short: `generate` returns
+    attached, as long as the prompt fits into the model's sliding windows, if it has any: in the short prompt they count
+    the tokens that are left. `torch.compile(model, fullgraph=True)` works on the result. The prompt in it is short: `generate` returns
     the short prompt followed by the answer.
 
     Args:

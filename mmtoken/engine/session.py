@@ -39,6 +39,7 @@ from mmtoken.tokens import VisualTokens
 
 _ATTACHED = "_mmtoken_session"
 _ATTENTIONS = ("sdpa", "eager", "flex_attention")
+_CAPPED = {"text_attention", "next_attention", "history"}
 
 MAX_REPORTS = 1000
 """Most reports that a session holds; each has indices and scores of every visual token."""
@@ -169,6 +170,11 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
     method.recording(len(decoder.layers))
     _check_attention(method, decoder.config._attn_implementation)
     attention_kinds(decoder.config)
+    if getattr(decoder.config, "attn_logit_softcapping", None) is not None and method.needs & _CAPPED:
+        raise UnsupportedError(
+            f"{name} reads attention of the decoder, whose scores this model caps (attn_logit_softcapping), which the "
+            "rows that are read would not show; use a method that acts before the decoder."
+        )
     if "cache" in method.sites:
         if method.recording(len(decoder.layers)) is not None:
             raise UnsupportedError(

@@ -188,12 +188,6 @@ def test_a_tower_cannot_host_cuts_in_a_decoder(tower: str, name: str) -> None:
         attach(build(tower), PRUNERS[name])
 
 
-def test_sliding_windows_are_refused() -> None:
-    cfg = tf.MistralConfig(**{**decoder("mistral").config.to_dict(), "sliding_window": 8})
-    with pytest.raises(UnsupportedError, match="sliding_window=None"):
-        attach(tf.MistralForCausalLM(cfg), DivPrune(), visual=prompt()[1])
-
-
 @pytest.mark.parametrize("kind", ["gemma", "gpt2"])
 def test_other_decoders_are_refused_by_name(kind: str) -> None:
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}

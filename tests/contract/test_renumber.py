@@ -69,15 +69,18 @@ def rotating_by(model: nn.Module, per_layer: Mapping[int, Tensor]) -> Iterator[N
     """Let each layer rotate queries and keys by positions int[1 or 3, B, S] of its own."""
     decoder = oracle.text_model(model)
 
-    def hook(positions: Tensor) -> Any:
+    def hook(number: int, positions: Tensor) -> Any:
+        # Gemma 3 rotates by another base in layers with a sliding window.
+        kind = decoder.config.layer_types[number : number + 1] if model.config.model_type == "gemma3" else ()
+
         def rotate(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            tables = decoder.rotary_emb(args[0], positions[0] if len(positions) == 1 else positions)
+            tables = decoder.rotary_emb(args[0], positions[0] if len(positions) == 1 else positions, *kind)
             return args, {**kwargs, "position_embeddings": tables}
 
         return rotate
 
     handles = [
-        decoder.layers[number].register_forward_pre_hook(hook(positions), with_kwargs=True)
+        decoder.layers[number].register_forward_pre_hook(hook(number, positions), with_kwargs=True)
         for number, positions in per_layer.items()
     ]
     try:
@@ -85,6 +88,26 @@ def rotating_by(model: nn.Module, per_layer: Mapping[int, Tensor]) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
+
+
+def whole_mask(model: nn.Module, inputs: oracle.Inputs, more: int) -> Any:
+    """The mask over prompts and `more` tokens after them: int[B, S], where types of tokens count bool[B, 1, S, S]."""
+    real = nn.functional.pad(inputs["attention_mask"], (0, more), value=1)
+    if "token_type_ids" not in inputs:
+        return real
+    types = inputs["token_type_ids"]
+    if model.config.model_type == "gemma3":  # each run of image tokens is a block
+        start = (types == 1) & (nn.functional.pad(types, (1, 0))[:, :-1] == 0)
+        block = torch.where(types == 1, start.long().cumsum(-1), -1)
+    else:  # the prompt is one
+        block = torch.where(types == 0, 0, -1)
+    block = nn.functional.pad(block, (0, more), value=-1)
+    place = torch.arange(real.shape[1])
+    together = (block[:, :, None] == block[:, None]) & (block[:, None] >= 0)
+    seen = ((place <= place[:, None]) | together) & real.bool()[:, None]
+    if model.config.model_type == "gemma3":
+        return dict.fromkeys(("full_attention", "sliding_attention"), seen[:, None])
+    return seen[:, None]
 
 
 @torch.no_grad()
@@ -117,7 +140,7 @@ def reference(
     with oracle.masked_keys(model, keep), rotating_by(model, moved):
         hidden = decoder(
             inputs_embeds=embeds,
-            attention_mask=nn.functional.pad(inputs["attention_mask"], (0, more), value=1),
+            attention_mask=whole_mask(model, inputs, more),
             position_ids=whole,
             use_cache=False,
             **deepstack,

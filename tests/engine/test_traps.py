@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from torch import Tensor, nn
 from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -97,17 +96,31 @@ def test_the_tapped_attention_has_a_mask_of_its_own() -> None:
             assert_close(together.logits[row : row + 1], alone.logits)
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "paligemma"])
-def test_models_whose_text_is_not_causal_or_slides_have_no_adapter(kind: str) -> None:
-    """A missing mask means "as the module says", which is not causal in these: they are refused, not guessed."""
-    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-            "head_dim": 16, "intermediate_size": 32, "vocab_size": 300}  # fmt: skip
-    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = tf.AutoConfig.for_model(kind, text_config=text, vision_config=vision)
-    with torch.device("meta"):
-        model = tf.AutoModelForImageTextToText.from_config(config)
-    with pytest.raises(UnsupportedError, match=f"model_type='{kind}' has no adapter"):
-        mmtoken.attach(model, DivPrune())
+@dataclass(frozen=True)
+class Uneven(DivPrune):
+    """Leaves 3, 5, 7, ... tokens of the items of a call."""
+
+    def llm_input(self, tokens: VisualTokens, ctx: Context) -> VisualTokens:
+        items, count = tokens.valid.shape
+        return tokens.where(torch.arange(count) < 3 + 2 * torch.arange(items)[:, None])
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", [Uneven(keep=0.5), FastV(keep=0.4, layer=1)], ids=["uneven", "fastv"])
+def test_no_mask_is_as_the_module_says(method: Compressor, attn: str) -> None:
+    """Without types of tokens, sdpa and padding PaliGemma's prompt gets no mask, and sees itself both ways."""
+    model = build("paligemma", attn)
+    batch = inputs(model, "paligemma", "image", "plain")
+    plain = {name: value for name, value in batch.items() if name != "token_type_ids"}
+    with compress(model, method) as session:
+        want = oracle.generate_with_logits(model, batch)
+        report = session.report
+        got = oracle.generate_with_logits(model, plain)
+    if attn == "sdpa":
+        assert [kept.tolist() for kept in session.report.kept] == [kept.tolist() for kept in report.kept]
+        assert_close(got.logits, want.logits)
+    else:  # eager attention gets a causal mask
+        assert oracle.max_error(got.logits, want.logits) > 0.01
 
 
 def _additive(mask: Tensor) -> Tensor:

@@ -1,0 +1,183 @@
+"""Windows that are smaller than the prompt: what is left sees exactly what the uncompressed model's windows show.
+
+The reference is the masked model on a cache that forgets nothing, whose masks alone make the windows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+import mmtoken
+from mmtoken.compressors import Compressor, DivPrune, FastV, PyramidDrop
+from mmtoken.engine.cache import LogicalSlidingLayer, logical_layer
+from mmtoken.errors import UnsupportedError
+from tests import oracle
+from tests.backbones.tiny_models import build, inputs
+from tests.contract.matrix import assert_close
+from tests.contract.reference import kept_by_layer
+
+WINDOW = 8
+METHODS: dict[str, Compressor] = {
+    "divprune": DivPrune(keep=0.4),
+    "fastv": FastV(keep=0.4, layer=1),
+    "pyramiddrop": PyramidDrop(keep=0.25, layers=(1, 3)),
+}
+CASES = ("plain", "left_padded", "padded_ragged", "multi_image")
+
+
+@functools.cache
+def narrow(name: str, attn: str = "sdpa") -> nn.Module:
+    """A model whose sliding layers see 8 tokens."""
+    model = build(name, attn)
+    config = model.config.get_text_config()
+    config.sliding_window = WINDOW
+    for layer in oracle.text_model(model).layers:
+        if layer.self_attn.sliding_window is not None:
+            layer.self_attn.sliding_window = WINDOW
+    return model
+
+
+def forgetful(cache: Any) -> bool:
+    """Whether a sliding layer stores no more than its window."""
+    return all(layer.keys.shape[2] < WINDOW for layer in cache.layers if layer.is_sliding)
+
+
+def masked(model: nn.Module, batch: oracle.Inputs, report: Any, **options: Any) -> oracle.Generated:
+    keep = kept_by_layer(report, torch.zeros_like(batch["input_ids"], dtype=torch.bool), 4)
+    with oracle.masked_keys(model, keep):
+        return oracle.generate_with_logits(model, batch, **{oracle.CACHE: DynamicCache()}, **options)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_is_the_model(attn: str, case: str) -> None:
+    model = narrow("gemma3", attn)
+    batch = inputs(model, "gemma3", "image", case)
+    want = oracle.generate_with_logits(model, batch, max_new_tokens=12)
+    got = oracle.generate_with_logits(model, batch, max_new_tokens=12, **{oracle.CACHE: DynamicCache()})
+    assert forgetful(want.cache)
+    assert not any(layer.is_sliding for layer in got.cache.layers)
+    assert_close(got.logits, want.logits)
+    wide = oracle.generate_with_logits(build("gemma3", attn), batch, max_new_tokens=12)
+    assert oracle.max_error(wide.logits, want.logits) > 0.01  # the window hides something
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("method", [FastV(keep=1.0, layer=1), DivPrune(keep=1.0)], ids=["fastv", "divprune"])
+def test_keeping_all_changes_no_bit(method: Compressor, case: str, attn: str, static: bool) -> None:
+    model = narrow("gemma3", attn)
+    batch = inputs(model, "gemma3", "image", case)
+    how = {"cache_implementation": "static"} if static else {}
+    want = oracle.generate_with_logits(model, batch, max_new_tokens=12, **how)
+    with mmtoken.compress(model, method):
+        got = oracle.generate_with_logits(model, batch, max_new_tokens=12, **how)
+    assert torch.equal(got.logits, want.logits)
+
+
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=["", "static", "beams"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_dropping_equals_masking(method: str, case: str, how: dict[str, Any]) -> None:
+    check("gemma3", "sdpa", METHODS[method], case, how)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}], ids=["", "beams"])
+@pytest.mark.parametrize("case", CASES)
+def test_dropping_equals_masking_in_paligemma_2(case: str, how: dict[str, Any]) -> None:
+    check("paligemma2", "eager", METHODS["divprune"], case, how)
+
+
+def test_transformers_itself_has_no_static_cache_for_paligemma_2() -> None:
+    model = narrow("paligemma2", "eager")
+    with pytest.raises(AttributeError, match="'dict' object"):
+        oracle.generate_with_logits(model, inputs(model, "paligemma", "image", "plain"), cache_implementation="static")
+
+
+def test_reading_capped_attention_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="attn_logit_softcapping"):
+        mmtoken.attach(narrow("paligemma2", "eager"), METHODS["fastv"])
+
+
+def check(name: str, attn: str, method: Compressor, case: str, how: dict[str, Any]) -> None:
+    model = narrow(name, attn)
+    batch = inputs(model, name.removesuffix("2"), "image", case)
+    with mmtoken.compress(model, method) as session:
+        got = oracle.generate_with_logits(model, batch, max_new_tokens=12, **how)
+    beams = how.get("num_beams", 1)
+    if beams > 1:  # its report has each row twice
+        with mmtoken.compress(model, method) as session:
+            oracle.generate_with_logits(model, batch, max_new_tokens=1)
+    want = masked(model, batch, session.report, max_new_tokens=12, **({"num_beams": beams} if beams > 1 else {}))
+    assert torch.equal(got.sequences, want.sequences)
+    assert_close(got.logits, want.logits)
+    if not how:
+        assert forgetful(got.cache)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_second_turn_sees_the_same_windows(method: str) -> None:
+    model = narrow("gemma3")
+    batch = inputs(model, "gemma3", "image", "padded_ragged")
+    with mmtoken.compress(model, METHODS[method]) as session:
+        got = oracle.second_turn(model, batch)
+    keep = kept_by_layer(session.reports[0], torch.zeros_like(batch["input_ids"], dtype=torch.bool), 4)
+    with oracle.masked_keys(model, keep):
+        first = oracle.generate_with_logits(model, batch, **{oracle.CACHE: DynamicCache()})
+        ids = torch.cat([first.sequences, first.sequences.new_tensor((104, 105, 106)).expand(3, -1)], 1)
+        mask = nn.functional.pad(batch["attention_mask"], (0, ids.shape[1] - batch["attention_mask"].shape[1]), value=1)
+        again = {"input_ids": ids, "attention_mask": mask, oracle.CACHE: first.cache}
+        want = oracle.generate_with_logits(model, again)
+    assert_close(got.logits, want.logits)
+
+
+def bare(kind: str) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    """A decoder with windows, a prompt of 20 tokens of which 12 are marked, and the marks."""
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "vocab_size": 64, "sliding_window": WINDOW, "eos_token_id": None}  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "mistral":
+            model = tf.MistralForCausalLM(tf.MistralConfig(**shape)).eval()
+        else:
+            model = tf.Qwen2ForCausalLM(tf.Qwen2Config(**shape, use_sliding_window=True, max_window_layers=2)).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim == 2:
+                    weight.normal_(0.0, weight.shape[1] ** -0.5)
+        ids = torch.randint(1, 64, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    visual = torch.zeros_like(ids, dtype=torch.bool)
+    visual[:, 4:16] = True
+    return model, {"input_ids": ids, "attention_mask": mask}, visual
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_decoders_alone(method: str, kind: str) -> None:
+    model, batch, visual = bare(kind)
+    with mmtoken.compress(model, METHODS[method], visual=visual) as session:
+        got = oracle.generate_with_logits(model, batch, max_new_tokens=12)
+    want = masked(model, batch, session.report, max_new_tokens=12)
+    assert_close(got.logits, want.logits)
+    plain = oracle.generate_with_logits(model, batch, max_new_tokens=12)
+    assert oracle.max_error(got.logits, plain.logits) > 0.01
+
+
+def test_taking_tokens_back_over_a_full_window_is_refused() -> None:
+    model = narrow("gemma3")
+    with mmtoken.compress(model, METHODS["divprune"]):
+        cache = oracle.generate_with_logits(model, inputs(model, "gemma3", "image", "plain")).cache
+    layer = logical_layer(cache, 0)
+    assert isinstance(layer, LogicalSlidingLayer)
+    with pytest.raises(UnsupportedError, match="window of 8 tokens is full"):
+        layer.crop(-2)
