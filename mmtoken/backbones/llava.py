@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mmtoken.backbones.base import Backbone, Layout, Modality, Tower, feature_tower, patch_side, prefix_flags
+from mmtoken.errors import UnsupportedError
+
+_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 class Llava(Backbone):
@@ -16,6 +20,14 @@ class Llava(Backbone):
     name: ClassVar[str] = "LLaVA-1.5"
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
     tokenwise_projector: ClassVar[bool] = True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        kind = model.config.vision_config.model_type
+        if kind not in _TOWERS:
+            raise UnsupportedError(
+                f"vision_config.model_type={kind!r} is a tower of {self.name} that has no adapter; there are {_TOWERS}."
+            )
 
     def tower(self) -> Tower:
         return feature_tower(self.model, self.root.vision_tower)

@@ -14,7 +14,7 @@ from mmtoken import MMTokenError, attach, check
 from mmtoken.compressors import DivPrune, FastV, PyramidDrop
 from mmtoken.errors import InputError, UnsupportedError
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, build
+from tests.backbones.tiny_models import CELLS, build, config
 from tests.contract.matrix import (
     COMPRESSORS,
     Cell,
@@ -80,6 +80,14 @@ def with_attention(name: str) -> tf.PreTrainedModel:
     return model
 
 
+def pixtral() -> tf.PreTrainedModel:
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = config("llava", layers=1).text_config
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(vision_config=tf.PixtralVisionConfig(**tower), text_config=text)
+    )
+
+
 # What is attached to what, and words of the message.
 ATTACH: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "a tower method on a bare decoder": (lambda: tiny("llama"), COMPRESSORS["visionzip"], "a bare decoder has none"),
@@ -103,6 +111,11 @@ ATTACH: dict[str, tuple[Callable[[], Any], Any, str]] = {
         lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8)),
         DivPrune(),
         "model_type='gpt2' has no adapter",
+    ),
+    "a tower of LLaVA's without an adapter": (
+        pixtral,
+        DivPrune(),
+        "'pixtral' is a tower of LLaVA-1.5 that has no adap",
     ),
     "something that is no model": (
         lambda: torch.nn.Linear(2, 2),

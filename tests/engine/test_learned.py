@@ -61,6 +61,8 @@ def exact_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     [
         ("llava", Dims(tower=32, tokens=32, llm=64, blocks=3)),
         ("llava_onevision", Dims(tower=32, tokens=64, llm=64, blocks=3)),
+        ("qwen2_vl", Dims(tower=32, tokens=64, llm=64, blocks=4)),
+        ("internvl", Dims(tower=32, tokens=64, llm=64, blocks=3)),
         ("qwen2_5_vl", Dims(tower=32, tokens=64, llm=64, blocks=4)),
         ("qwen3_vl", Dims(tower=32, tokens=64, llm=64, blocks=4)),
         ("smolvlm", Dims(tower=32, tokens=64, llm=64, blocks=3)),
