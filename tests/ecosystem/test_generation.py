@@ -166,10 +166,10 @@ def test_linear_layers_of_eight_bits_give_what_their_rounded_weights_give(family
     assert_close(got.logits, want.logits)
 
 
+@pytest.mark.filterwarnings("ignore")  # it is deprecated in favour of a package of its own
 def test_dynamic_quantisation_of_torch() -> None:
     model = build("llava")
-    with pytest.warns(DeprecationWarning):
-        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     batch = inputs(model, "llava", "image", "padded_ragged")
     plain = oracle.generate_with_logits(model, batch, max_new_tokens=3)
     with compress(model, FastV(keep=1.0)):
