@@ -136,8 +136,10 @@ def short_table(results: Mapping[str, Any]) -> str:
     rows = []
     for cell in CELLS:
         works = [name for name in wanted() if found[name, cell] == "yes"]
-        rest = [name for name in wanted() if name not in works]
-        rows.append([cell[0], cell[1], f"{len(works)} of {len(wanted())}", ", ".join(rest) or "-"])
+        unknown = [name for name in wanted() if found[name, cell] == "?"]
+        refused = [name for name in wanted() if reason(name, cell) is not None]
+        count = f"{len(works)} of {len(wanted())}" + (f", {len(unknown)} not tested" if unknown else "")
+        rows.append([cell[0], cell[1], count, ", ".join(refused) or "-"])
     return Table(["family", "input", "compressors", "refused"], rows).markdown() + "\n"
 
 
