@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 TIMM: dict[str, dict[str, Any]] = {
-    "vit_tiny_patch16_224": {},
+    "vit_tiny_patch16_224": {"qk_norm": True},
     "vit_base_patch14_reg4_dinov2": {},
     "vit_base_patch16_siglip_224": {},
     "eva02_tiny_patch14_224": {},

@@ -184,6 +184,25 @@ def test_keeping_all_is_the_plain_tower_and_images_do_not_know_each_other(name: 
                 torch.testing.assert_close(states(pixels[image : image + 1])[0], together[image], rtol=1e-5, atol=1e-4)
 
 
+def test_hidden_states_of_a_block_that_condenses_are_those_behind_it() -> None:
+    """Also where transformers notes what blocks put out by hooks of its own that were there first."""
+    model = build("clip_vision")
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(3))
+    noted: list[Tensor] = []
+    with torch.no_grad():
+        plain = model(pixels, output_hidden_states=True).hidden_states
+        with compress(model, TCA(keep=7, layers=(1,))) as session:
+            blocks: Any = model._modules.get("vision_model", model)
+            handle = blocks.encoder.layers[1].register_forward_hook(lambda *given: noted.append(given[-1]))
+            states = model(pixels, output_hidden_states=True).hidden_states
+            handle.remove()
+    assert [s.shape for s in states] == [s.shape for s in plain]
+    (site,) = [site for site in session.report.sites if site.layer == 1]
+    short = noted[0] if isinstance(noted[0], Tensor) else noted[0][0]
+    for row, kept in enumerate(site.kept):
+        assert torch.equal(states[2][row, 1 + kept], short[row, 1:])
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
