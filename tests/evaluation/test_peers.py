@@ -241,7 +241,8 @@ def test_a_side_that_fails_as_a_whole_is_told(tmp_path: Path) -> None:
         peers.run_side(Path("false"), tmp_path)
 
 
-def test_arguments_are_checked_before_anything_is_installed(tmp_path: Path) -> None:
+def test_arguments_are_checked_before_anything_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "make_environment", lambda *_: pytest.fail("went on to install"))
     with pytest.raises(MMTokenError, match="turns=0"):
         main(["--turns", "0"])
     with pytest.raises(InputError, match=r"page=.*is not a \.md file"):
