@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmtoken.cli.parser import Parser, find_device, quiet, read_value
 from mmtoken.errors import InputError, MMTokenError
 from mmtoken.evaluation import accuracy, documents, multi_turn, pictures, speed, tables
@@ -51,6 +53,15 @@ def _parser() -> Parser:
     parser.add_argument(
         "--rounds", type=int, default=MIN_ROUNDS, metavar="N", help="interleaved rounds of timing; default: %(default)s"
     )
+    parser.add_argument(
+        "--shape",
+        choices=tuple(speed.SHAPES),
+        default="default",
+        help="of the random model that speed is measured on; 7b needs a GPU with 24 GB; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of that model; default: %(default)s"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1; default: %(default)s")
     return parser
@@ -83,7 +94,14 @@ def main(argv: list[str]) -> int:
     written: list[Path] = []
     shown: list[str] = []
     if options.what in ("both", "speed"):
-        results = speed.measure(entrants, rounds=options.rounds, device=device, progress=_progress)
+        results = speed.measure(
+            entrants,
+            shape=speed.SHAPES[options.shape],
+            rounds=options.rounds,
+            device=device,
+            dtype=getattr(torch, options.dtype),
+            progress=_progress,
+        )
         written += [_write_json(results, folder / "speed.json")]
         written += [_write_text(tables.speed_report(results), folder / "speed.md")]
         shown += [table(results).text() for table in (tables.speed_table, tables.hooks_table, tables.targets_table)]

@@ -76,6 +76,22 @@ class SpeedShape:
 SMALL = SpeedShape(hidden=64, heads=4, intermediate=128, image=56, text_tokens=9, vocabulary=64)
 """For the cost of the hooks themselves: a model so small that little else is left (16 + 9 tokens, 8 layers)."""
 
+SHAPES = {
+    "default": SpeedShape(),
+    "small": SMALL,
+    "7b": SpeedShape(
+        hidden=4096,
+        layers=32,
+        heads=32,
+        intermediate=11008,
+        vision_hidden=1024,
+        vision_layers=24,
+        image=756,
+        vocabulary=32000,
+    ),
+}
+"""What `mmtoken bench --shape` knows; 7b has the decoder of LLaMA-7B and 2916 visual tokens."""
+
 
 @dataclass(frozen=True)
 class Request:

@@ -76,8 +76,11 @@ def test_what_is_compiled_or_on_a_device_picks_the_same() -> None:
     assert [by_hand(unit[b], 30, eligible[b], 30) for b in range(2)] == steps.tolist()
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_of_two_mutual_neighbours_the_lower_index_is_first_whatever_rounding_says(impl: Any) -> None:
+@pytest.mark.parametrize(("impl", "whole"), [("torch", 1024), ("torch", 0), ("triton", 0)])
+def test_of_two_mutual_neighbours_the_lower_index_is_first_whatever_rounding_says(
+    impl: Any, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "WHOLE", whole)
     rows = 300 if impl == "torch" or torch.cuda.is_available() else 4
     features = torch.randn(rows, 11, 29, generator=torch.Generator().manual_seed(4))
     eligible = torch.zeros(rows, 11, dtype=torch.bool)

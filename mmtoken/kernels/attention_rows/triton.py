@@ -27,7 +27,7 @@ ROWS, KEYS = (256, 256) if INTERPRETED else (64, 64)
 """Most rows, and keys, of a tile."""
 MOST_WIDTH = 128
 """Channels that a tile holds at once; wider heads take several."""
-ROWS_FLOAT32, MOST_WIDTH_FLOAT32 = 32, 32
+ROWS_FLOAT32, KEYS_FLOAT32, MOST_WIDTH_FLOAT32 = 32, 32, 32
 """The same for float32, whose products are no tensor core's: each is an instruction, and registers spill of more."""
 MOST_SPLITS = 64
 PROGRAMS = 4 if INTERPRETED else 512
@@ -185,7 +185,8 @@ class Rows:
             *mask_strides,
         )
         exact = not INTERPRETED and (query.dtype == torch.float32 or query.dtype != key.dtype)
-        rows, keys = _power(count * shared, 16, ROWS_FLOAT32 if exact else ROWS), KEYS
+        rows, keys = (ROWS_FLOAT32, KEYS_FLOAT32) if exact else (ROWS, KEYS)
+        rows = _power(count * shared, 16, rows)
         chunk = _power(width, 16, MOST_WIDTH_FLOAT32 if exact else MOST_WIDTH)
         self.tiles = batch * groups * triton.cdiv(count * shared, rows)
         self.splits = _power(min(triton.cdiv(PROGRAMS, self.tiles), triton.cdiv(length, keys)), 1, MOST_SPLITS)

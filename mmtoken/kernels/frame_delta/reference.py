@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-ROWS = 512
-"""Keys compared at a time: what is in between stays in a processor's cache, and is no copy of both frames."""
+ROWS = 320
+"""Most keys compared at a time: what is in between stays in a processor's cache, and is no copy of both frames."""
 EPS = 1e-8
 
 
 def frame_delta(keys: Tensor, anchor: Tensor, similarity: str) -> Tensor:
     """float32[F, T]; see `mmtoken.kernels.frame_delta.frame_delta`."""
-    step = max(1, ROWS // max(1, len(keys)))
-    parts = zip(keys.split(step, 1), anchor.split(step, 1), strict=True)
+    frames, patches = keys.shape[:2]
+    # Parts of one size, so that each takes the memory that the one before has left.
+    number = max(1, min(patches, math.ceil(frames * patches / ROWS)))
+    parts = zip(keys.tensor_split(number, 1), anchor.tensor_split(number, 1), strict=True)
     return torch.cat([_compared(new.float(), old.float(), similarity) for new, old in parts], 1)
 
 

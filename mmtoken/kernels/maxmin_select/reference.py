@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmtoken.kernels.similarity_stats.reference import scan
+from mmtoken.kernels.similarity_stats.reference import products, scan
 
 AHEAD = 32
 """Rows of distances that are made at once."""
@@ -56,9 +56,8 @@ def in_blocks(unit: Tensor, eligible: Tensor, steps: int) -> Tensor:
     """
     made, place = unit[:0], dict[int, int]()
     if len(unit) <= WHOLE:
-        made, place = 1 - unit @ unit.T, {token: token for token in range(len(unit))}
-        # Products may round (i, j) and (j, i) apart, and of two mutual neighbours the lower index must win.
-        isolation = torch.minimum(made, made.T).fill_diagonal_(torch.inf).masked_fill_(~eligible, torch.inf).amin(-1)
+        made, place = _all_distances(unit), {token: token for token in range(len(unit))}
+        isolation = made.clone().fill_diagonal_(torch.inf).masked_fill_(~eligible, torch.inf).amin(-1)
     else:
         isolation = 1 - scan(unit[None], None, columns=eligible[None]).max[0]
     nearest = torch.full_like(isolation, torch.inf).masked_fill_(~eligible, -torch.inf)
@@ -67,7 +66,7 @@ def in_blocks(unit: Tensor, eligible: Tensor, steps: int) -> Tensor:
     for step in range(1, steps):
         if best not in place:
             # After a few picks only: before the first one all are equally far.
-            likely = nearest.topk(min(AHEAD, 2 * step - 1)).indices.tolist()
+            likely = nearest.topk(min(AHEAD, 2 * step - 1, len(unit))).indices.tolist()
             likely = [best, *(token for token in likely if token != best)]
             made, place = 1 - unit[likely] @ unit.T, {token: number for number, token in enumerate(likely)}
         torch.minimum(nearest, made[place[best]], out=nearest)
@@ -75,3 +74,13 @@ def in_blocks(unit: Tensor, eligible: Tensor, steps: int) -> Tensor:
         best = int(nearest.argmax())
         order.append(best)
     return torch.tensor(order)
+
+
+def _all_distances(unit: Tensor) -> Tensor:
+    """float32[N, N] from unit vectors float32[N, D]."""
+    made = unit.new_empty(len(unit), len(unit))
+    for tile, mine, others in products(unit[None]):
+        torch.sub(1, tile[0], out=made[mine, others])
+        if mine != others:
+            torch.sub(1, tile[0].T, out=made[others, mine])
+    return made

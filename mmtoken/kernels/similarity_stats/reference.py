@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -61,15 +62,29 @@ def scan(
     if other is None:
         return _scan_halves(unit, columns, threshold)
     parts = [_stats(unit[:, mine] @ other.transpose(1, 2), columns, threshold) for mine in _blocks(unit.shape[1])]
-    best, index, count = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return SimilarityStats(best, index.masked_fill_(best == -torch.inf, -1), count)
+    best, index, count = parts[0]
+    if len(parts) > 1:
+        best, index, count = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    if columns is None and other.shape[1]:
+        return SimilarityStats(best, index, count)
+    return SimilarityStats(best, index.masked_fill(best == -torch.inf, -1), count)
+
+
+def products(unit: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
+    """Similarities of unit vectors float32[B, N, D] among themselves: (float32[B, n, m], its n rows, its m columns).
+
+    Each product is made once and counts for both of its tokens: the tiles below the diagonal ones are left out. That is
+    half the work, and (i, j) and (j, i) are the same number, which a matrix product does not promise within a tile.
+    """
+    blocks = _blocks(unit.shape[1])
+    for number, mine in enumerate(blocks):
+        for others in blocks[number:]:
+            tile = unit[:, mine] @ unit[:, others].transpose(1, 2)
+            yield torch.maximum(tile, tile.transpose(1, 2)) if mine == others else tile, mine, others
 
 
 def _scan_halves(unit: Tensor, columns: Tensor | None, threshold: float) -> SimilarityStats:
-    """The same among themselves. Each product is made once and counts for both of its tokens.
-
-    That is half the work, and (i, j) and (j, i) cannot be rounded apart.
-    """
+    """The same among themselves."""
     best = torch.full_like(unit[..., 0], -torch.inf)
     index = torch.full_like(best, -1, dtype=torch.long)
     count = torch.zeros_like(index)
@@ -82,16 +97,13 @@ def _scan_halves(unit: Tensor, columns: Tensor | None, threshold: float) -> Simi
         index[:, mine] = torch.where(better, place + others.start, index[:, mine])
         count[:, mine] += near
 
-    blocks = _blocks(unit.shape[1])
-    for number, mine in enumerate(blocks):
-        for others in blocks[number:]:
-            tile = unit[:, mine] @ unit[:, others].transpose(1, 2)
-            if mine == others:
-                tile.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-                add(tile, mine, mine)
-            else:
-                add(tile, mine, others)
-                add(tile.transpose(1, 2), others, mine)
+    for tile, mine, others in products(unit):
+        if mine == others:
+            tile.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+            add(tile, mine, mine)
+        else:
+            add(tile, mine, others)
+            add(tile.transpose(1, 2), others, mine)
     return SimilarityStats(best, index, count)
 
 
