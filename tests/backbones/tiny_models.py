@@ -97,10 +97,9 @@ LLAMA = (
 
 TOKENWISE = (
     "llava",
-    "video_llava",
     "openvla",
 )
-"""Families with a tower of 4 x 4 patches, one size of image, and a projector that maps every patch by itself."""
+"""Families of images only, whose projector maps every patch by itself."""
 
 ONEVISION = ("llava_onevision", "llava_video")
 """Families that differ in the layout of videos alone."""
