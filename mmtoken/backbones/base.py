@@ -118,7 +118,7 @@ class Backbone(ABC):
     whole: ClassVar[bool] = True
     """Whether these are vision-language models, and not one half of one."""
     tokenwise_projector: ClassVar[bool] = False
-    """Whether the projector maps patch by patch and nothing re-samples its output."""
+    """Whether the projector maps patch by patch, gets an item per row, and nothing re-samples its output."""
     plain_tower: ClassVar[bool] = True
     """Whether the projector reads the tower's states alone. Where it reads several towers side by side, no patch may
     leave between their blocks, and the CLS of one of them means nothing to the projector."""

@@ -32,7 +32,7 @@ class Llava(Backbone):
     def tower(self) -> Tower:
         return feature_tower(self.model, self.root.vision_tower)
 
-    def projector(self) -> nn.Module:
+    def projector(self) -> nn.Module | None:
         projector: nn.Module = self.root.multi_modal_projector
         return projector
 

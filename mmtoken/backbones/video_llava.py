@@ -31,12 +31,17 @@ class VideoLlava(Llava):
     name: ClassVar[str] = "Video-LLaVA"
     model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
+    tokenwise_projector: ClassVar[bool] = False
 
     def tower(self) -> Tower:
         return feature_tower(self.model, self.root.image_tower)
 
     def video_tower(self) -> Tower:
         return feature_tower(self.model, self.root.video_tower)
+
+    def projector(self) -> None:
+        # A video is one item with one budget, and the projector gets its frames as rows.
+        return None
 
     def layout(self, modality: Modality, call: Mapping[str, Any], tiles: int) -> Layout:
         if modality == "image":

@@ -155,7 +155,7 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
     if method.patchwise_projector and not (backbone.tokenwise_projector and backbone.feature_layers == 1):
         raise UnsupportedError(
             f"{name} needs a projector that maps every patch by itself, and {backbone.name} merges, re-samples or "
-            "un-pads patches, or reads several tower layers."
+            "un-pads patches, projects a video frame by frame, or reads several tower layers."
         )
     if "prepare" in method.sites and backbone.dynamic_resolution:
         raise UnsupportedError(

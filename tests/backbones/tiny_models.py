@@ -110,11 +110,10 @@ LLAMA = (
 
 TOKENWISE = (
     "llava",
-    "video_llava",
     "openvla",
     "paligemma",
 )
-"""Families with a tower of 4 x 4 patches, one size of image, and a projector that maps every patch by itself."""
+"""Families of images only, whose projector maps every patch by itself."""
 
 GEMMA = ("gemma3", "paligemma")
 """Families with one size of image, 16 tokens each, whose decoder is told the type of every token."""

@@ -286,15 +286,9 @@ def _clip_patches(cell: Cell, case: str, seed: int = 1) -> Tensor:
     """float[images * patches, D]: what the projector of the unmodified model gets, where it maps patch by patch."""
     if cell[0] == "openvla":
         return tiny(cell[0]).vision_backbone(batch(cell, case, seed)["pixel_values"]).flatten(0, 1)
-    inputs = batch(cell, case, seed)
-    (pixels,) = [value for name, value in inputs.items() if name.startswith("pixel_values")]
-    if cell[1] == "video":
-        pixels = pixels.flatten(0, 1)
-    output = tower_of(tiny(cell[0]), cell[1])(pixels, output_hidden_states=True)
-    if cell[0] == "paligemma":
-        return output.last_hidden_state.flatten(0, 1)
-    states = output.hidden_states[-2]
-    return (states if cell[1] == "video" else states[:, 1:]).flatten(0, 1)
+    output = tiny(cell[0]).base_model.vision_tower(batch(cell, case, seed)["pixel_values"], output_hidden_states=True)
+    states = output.last_hidden_state if cell[0] == "paligemma" else output.hidden_states[-2][:, 1:]
+    return states.flatten(0, 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- ToMe

@@ -213,11 +213,11 @@ def frames_of(entered: list[Any], shapes: list[tuple[int, int]], depth: int) -> 
 
 
 def shapes_of(batch: dict[str, Tensor]) -> list[tuple[int, int]]:
-    """(frames, patches) of each video of a batch."""
+    """(frames, patches) of each video of a batch; CLS is one of them where the tower has it."""
     if "video_grid_thw" in batch:
         return [(t, h * w) for t, h, w in batch["video_grid_thw"].tolist()]
-    videos, frames = batch["pixel_values_videos"].shape[:2]
-    return [(frames, 9)] * videos
+    videos, frames, *_, side = batch["pixel_values_videos"].shape
+    return [(frames, {42: 3 * 3, 56: 1 + 4 * 4}[side])] * videos
 
 
 @dataclass(frozen=True)
