@@ -25,7 +25,7 @@ from tests.contract.matrix import (
     protected,
     tiny,
 )
-from tests.contract.reference import CLIP, CLS, attention_in, read_blocks, recording, tower_of, unit_of
+from tests.contract.reference import CLIP, CLS, attention_in, read_blocks, recording, unit_of
 from tests.contract.test_selections import GAP, best, count_of, steps_of
 
 
