@@ -220,8 +220,8 @@ class LogicalSlidingLayer(LogicalDynamicLayer, DynamicSlidingWindowLayer):
     """A layer with a sliding window and logical length.
 
     While nothing was dropped its masks are those of transformers, which begin at the window's first column; see
-    `masks.dense_masks`. After `evict` the heads share one column per place, the lowest, so that a head may lose sight of
-    an entry a few tokens before the window has passed it.
+    `masks.dense_masks`. After `evict` the heads share one column per place, the lowest, so that a head may lose sight
+    of an entry a few tokens before the window has passed it.
     """
 
     def appended(self) -> int:

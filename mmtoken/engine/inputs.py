@@ -33,8 +33,8 @@ def compress_inputs(
 
     `model.generate(**compress_inputs(model, DivPrune(keep=64), inputs))` gives what generate gives with the compressor
     attached, as long as the prompt fits into the model's sliding windows, if it has any: in the short prompt they count
-    the tokens that are left. `torch.compile(model, fullgraph=True)` works on the result. The prompt in it is short: `generate` returns
-    the short prompt followed by the answer.
+    the tokens that are left. `torch.compile(model, fullgraph=True)` works on the result. The prompt in it is short:
+    `generate` returns the short prompt followed by the answer.
 
     Args:
         model: a transformers VLM with an adapter and nothing attached.
