@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mmtoken
 from mmtoken import compress
-from mmtoken.compressors import DivPrune, FastV, PyramidDrop, Random, ToMe, UniformGrid, VisionZip
+from mmtoken.compressors import DivPrune, FastV, PyramidDrop, Random, SparseVLM, ToMe, UniformGrid, VisionZip
 from mmtoken.compressors.base import Compressor, Context
 from mmtoken.engine import attention, gather
 from mmtoken.engine.cache import LogicalDynamicLayer, make_logical
@@ -106,7 +106,9 @@ class Uneven(DivPrune):
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", [Uneven(keep=0.5), FastV(keep=0.4, layer=1)], ids=["uneven", "fastv"])
+@pytest.mark.parametrize(
+    "method", [Uneven(keep=0.5), FastV(keep=0.4, layer=1), SparseVLM(keep=0.4)], ids=["uneven", "fastv", "sparsevlm"]
+)
 def test_no_mask_is_as_the_module_says(method: Compressor, attn: str) -> None:
     """Without types of tokens, sdpa and padding PaliGemma's prompt gets no mask, and sees itself both ways."""
     model = build("paligemma", attn)
