@@ -239,7 +239,7 @@ class Rows:
         # Float32 waits for its products, not for memory: to load ahead would only spill registers here.
         options = self.options | ({"num_stages": 1} if self.exact else {})
         with torch.cuda.device_of(query):
-            _columns[grid](*self.sources, most, weights.contiguous(), out, *self.numbers, **self.kinds, **self.options)
+            _columns[grid](*self.sources, most, weights.contiguous(), out, *self.numbers, **self.kinds, **options)
         return out
 
 
