@@ -9,7 +9,9 @@ import yaml
 
 from mmtoken.cli.parser import Parser, add_compressor, take_compressor
 from mmtoken.compressors.registry import names, resolve
+from mmtoken.evaluation import kernel_cards
 from mmtoken.evaluation.cards import CONTROL, CONTROL_KEEP, contents
+from mmtoken.kernels.cases import operations
 
 CARDS = Path(__file__).parents[1] / "compressors"
 
@@ -48,3 +50,10 @@ def test_presets_are_the_defaults_and_load_by_the_registry_and_the_command_line(
         other = "keep" if default.positions == "renumber" else "renumber"
         changed = take_compressor(parser, ["--compressor", str(file), "--compressor.positions", other])[1]
         assert changed == resolve(default, positions=other) != default
+
+
+def test_every_operation_has_a_card_as_generated() -> None:
+    """Out of date? Run `python -m mmtoken.evaluation.kernel_cards kernels`."""
+    root = CARDS.parent / "kernels"
+    found = {place.relative_to(root).as_posix(): place.read_text() for place in root.rglob("*") if place.is_file()}
+    assert found == {f"{name}/README.md": kernel_cards.card(operation) for name, operation in operations().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mmtoken.evaluation.speed import SMALL
 
 Output = pytest.CaptureFixture[str]
 TINY = ["--compressors", "fastv", "--keeps", "16,1/8", "--pictures", "1", "--rounds", "1"]
+SIZES = {"hidden": 16, "heads": 2, "intermediate": 24, "vision_hidden": 16, "image": 84, "vocabulary": 64}
 KEYS = ["dense"] + [
     f"{method} keep={keep}" for method in ("Random", "UniformGrid", "Downscale", "FastV") for keep in (16, 0.125)
 ]
@@ -24,8 +26,7 @@ KEYS = ["dense"] + [
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The random model of the speed run, made small."""
-    plain = speed.measure
-    monkeypatch.setattr(speed, "measure", lambda *args, **kwargs: plain(*args, shape=SMALL, **kwargs))
+    monkeypatch.setitem(speed.SHAPES, "default", SMALL)
 
 
 def names(folder: Path) -> set[str]:
@@ -65,6 +66,18 @@ def test_speed_alone_needs_no_trained_model_and_no_matplotlib(
     monkeypatch.setattr(bench.pictures, "check_matplotlib", lambda: pytest.fail("asked for matplotlib"))
     assert main([*TINY, "--what", "speed", "--out", str(tmp_path)]) == 0
     assert names(tmp_path) == SPEED
+
+
+def test_speed_is_measured_on_the_shape_and_in_the_type_that_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(speed.SHAPES, "7b", dataclasses.replace(speed.SHAPES["7b"], **SIZES))
+    words = ["--what", "speed", "--compressors", "zerotprune", "--keeps", "0.5", "--rounds", "1"]
+    assert main([*words, "--shape", "7b", "--dtype", "bfloat16", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "speed.json").read_text())
+    assert (results["dtype"], results["shape"]["visual_tokens"], results["shape"]["layers"]) == ("bfloat16", 36, 32)
+    row = next(row for row in results["results"] if row["name"] == "ZeroTPrune keep=0.5")
+    assert row["milliseconds"]["scoring"]["median"] > 0
 
 
 def test_accuracy_alone_measures_no_random_model(

@@ -27,7 +27,7 @@ ROWS, KEYS = (256, 256) if INTERPRETED else (64, 64)
 """Most rows, and keys, of a tile."""
 MOST_WIDTH = 128
 """Channels that a tile holds at once; wider heads take several."""
-ROWS_FLOAT32, KEYS_FLOAT32, MOST_WIDTH_FLOAT32 = 32, 32, 32
+ROWS_FLOAT32, MOST_WIDTH_FLOAT32 = 32, 32
 """The same for float32, whose products are no tensor core's: each is an instruction, and registers spill of more."""
 MOST_SPLITS = 64
 PROGRAMS = 4 if INTERPRETED else 512
@@ -185,8 +185,7 @@ class Rows:
             *mask_strides,
         )
         exact = not INTERPRETED and (query.dtype == torch.float32 or query.dtype != key.dtype)
-        rows, keys = (ROWS_FLOAT32, KEYS_FLOAT32) if exact else (ROWS, KEYS)
-        rows = _power(count * shared, 16, rows)
+        rows, keys = _power(count * shared, 16, ROWS_FLOAT32 if exact else ROWS), KEYS
         chunk = _power(width, 16, MOST_WIDTH_FLOAT32 if exact else MOST_WIDTH)
         self.tiles = batch * groups * triton.cdiv(count * shared, rows)
         self.splits = _power(min(triton.cdiv(PROGRAMS, self.tiles), triton.cdiv(length, keys)), 1, MOST_SPLITS)
@@ -204,8 +203,8 @@ class Rows:
             # The interpreter multiplies bfloat16 wrongly.
             "CAST": INTERPRETED or query.dtype != key.dtype,
         }
-        # Float32 waits for its products, not for memory: to load ahead would only spill registers.
-        self.options = {"num_warps": 8 if exact or rows > 32 else 4, "num_stages": 1 if exact else 2}
+        self.exact = exact
+        self.options = {"num_warps": 8 if exact or rows > 32 else 4, "num_stages": 2}
 
     def normalisers(self, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """float32[B, H, R] each: the highest score of a row, 0 of dead ones, and its sum of exponentials, 1 of those.
@@ -237,8 +236,10 @@ class Rows:
         query = self.sources[0]
         out = query.new_empty(batch, groups, length, dtype=torch.float32)
         grid = (batch * groups, triton.cdiv(length, self.kinds["KEYS"]))
+        # Float32 waits for its products, not for memory: to load ahead would only spill registers here.
+        options = self.options | ({"num_stages": 1} if self.exact else {})
         with torch.cuda.device_of(query):
-            _columns[grid](*self.sources, most, weights.contiguous(), out, *self.numbers, **self.kinds, **self.options)
+            _columns[grid](*self.sources, most, weights.contiguous(), out, *self.numbers, **self.kinds, **options)
         return out
 
 

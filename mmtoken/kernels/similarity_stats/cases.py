@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from mmtoken.kernels.cases import Case, Cost, Inputs, Operation
 from mmtoken.kernels.similarity_stats import NAME, SimilarityStats, similarity_stats
@@ -64,6 +64,8 @@ def naive(
         similarity = similarity.masked_fill(~columns[:, None], -torch.inf)
     if rows is not None:
         similarity = similarity.masked_fill(~rows[..., None], -torch.inf)
+    if not similarity.shape[2]:
+        similarity = pad(similarity, (0, 1), value=-torch.inf)  # a maximum needs something
     best, index = similarity.max(-1)
     count = (similarity > threshold).sum(-1) if threshold < 1 else torch.zeros_like(index)
     return SimilarityStats(best, index.masked_fill(best == -torch.inf, -1), count)
