@@ -25,7 +25,7 @@ ALLOWED = {
     "streaming": {"errors", "tokens", "compressors", "backbones", "engine"},
     "control": {"errors", "tokens", "wholefile", "compressors", "backbones", "engine", "models", "kernels"},
     "datasets": {"errors", "tokens"},
-    "training": {"errors", "tokens", "wholefile", "datasets"},
+    "training": {"errors", "tokens", "wholefile", "compressors", "datasets", "engine"},
     "models": {"errors", "tokens", "wholefile", "compressors", "datasets", "engine", "training"},
     "hub": {"errors", "wholefile", "backbones", "compressors", "engine", "models"},
     "evaluation": {
