@@ -194,7 +194,11 @@ def test_checkpoints(capsys: Output, checkpoint: Path) -> None:
         ("chat_template.jinja", "{% if %}", "refused by this model's processor"),
         ("chat_template.jinja", "no place for an image", "this model's processor"),
         ("mmtoken_compressor.json", "{", "is no compressor file"),
-        ("mmtoken_compressor.json", '{"schema_version": 1, "class_path": "os.system", "init_args": {}}', "os.system"),
+        (
+            "mmtoken_compressor.json",
+            '{"schema_version": 1, "mmtoken_version": "0.1.0", "class_path": "os.system", "init_args": {}}',
+            "os.system",
+        ),
     ],
 )
 def test_processors_and_compressor_files(
