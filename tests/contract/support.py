@@ -3,8 +3,8 @@
     make support                       # tests one setting per compressor, writes tests/contract/support.json
     python -m tests.contract.support   # writes the tables from that file
 
-`make test-contract` adds all other settings to the file. `make check` fails when a pair is missing in it, when one of
-its tests failed, and when the tables say something else.
+`make test-contract` adds all other settings to the file. `make check` fails when a test of a pair failed and when the
+tables say something else than the file; a pair that no run has reached yet stands in them as not tested.
 """
 
 from __future__ import annotations
@@ -79,21 +79,20 @@ def add(file: Path, found: Found) -> None:
         target.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
-def problems(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(setting, cell, what is wrong): pairs that the file lacks, and those with a failure or without a test passed."""
+def untested(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(setting, cell) of the pairs that the file lacks; the tables say so."""
     pairs = results["pairs"]
-    lacking = [
-        (name, cell, f"{name} on {cell} was not tested")
-        for name, cells in wanted().items()
-        for cell in sorted(cells - set(pairs.get(name, {})))
-    ]
-    bad = [
-        (name, cell, f"{name} on {cell}: {counts}")
-        for name, cells in pairs.items()
+    return [(name, cell) for name, cells in wanted().items() for cell in sorted(cells - set(pairs.get(name, {})))]
+
+
+def failures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(setting, cell) of the pairs of which a test failed, or none passed."""
+    return [
+        (name, cell)
+        for name, cells in results["pairs"].items()
         for cell, counts in cells.items()
         if counts["failed"] or not counts["passed"]
     ]
-    return lacking + bad
 
 
 def families() -> list[str]:
@@ -103,7 +102,7 @@ def families() -> list[str]:
 
 def marks(results: Mapping[str, Any]) -> tuple[dict[tuple[str, matrix.Cell], str], list[str]]:
     """For every pair a tick, a question mark, or the number of the reason why it is refused; and the reasons."""
-    untested = {(name, cell) for name, cell, _ in problems(results)}
+    open_ = {*untested(results), *failures(results)}
     reasons: list[str] = []
     found = {}
     for name in wanted():
@@ -111,7 +110,7 @@ def marks(results: Mapping[str, Any]) -> tuple[dict[tuple[str, matrix.Cell], str
             why = reason(name, cell)
             if why is not None and why not in reasons:
                 reasons.append(why)
-            mark = "?" if (name, cell_name(cell)) in untested else "yes"
+            mark = "?" if (name, cell_name(cell)) in open_ else "yes"
             found[name, cell] = mark if why is None else f"({reasons.index(why) + 1})"
     return found, reasons
 
