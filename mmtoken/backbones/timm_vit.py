@@ -80,7 +80,8 @@ class TimmViT(BareTower):
 
 def split(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values float[tiles, S, H * d] of what enters an attention, normalised where it does so."""
-    heads, width = attention.num_heads, attention.head_dim
+    heads = attention.num_heads
+    width = attention.proj.in_features // heads
     if attention.qkv is None:
         parts = [layer(hidden) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
     else:

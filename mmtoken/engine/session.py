@@ -202,7 +202,7 @@ def _check_attention(method: Compressor, implementation: str) -> None:
 def _check_tower_attention(backbone: Backbone, method: Compressor) -> None:
     """Refuse to act inside a tower of which no mask could hide padding or weigh merged patches."""
     tower = backbone.tower()
-    if tower is None or tower.packed or not method.sites & {"vision_layer", "refresh"}:
+    if tower is None or tower.packed or tower.any_mask or not method.sites & {"vision_layer", "refresh"}:
         return
     implementation = tower.module.config._attn_implementation  # type: ignore[union-attr]
     if implementation not in ("sdpa", "eager"):
