@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -487,7 +488,9 @@ def test_calls_that_nothing_can_be_restored_for_are_refused(name: str) -> None:
     with compress(model, shelf.ToMe(keep=3)):
         with pytest.raises(UnsupportedError, match="between the blocks"):
             model.forward_intermediates(images)
-        if name in TIMM:
+        if (
+            name in TIMM and "attn_mask" in inspect.signature(type(model).forward).parameters
+        ):  # not in Eva of timm 1.0.22
             with pytest.raises(UnsupportedError, match="attn_mask was given"):
                 model(images, attn_mask=torch.zeros(1, 1, 1, 1))
         model.set_grad_checkpointing(True)
