@@ -293,26 +293,6 @@ def patch_side(model: Any) -> int:
     return int(vision.image_size) // int(vision.patch_size)
 
 
-def stacked_videos(call: Mapping[str, Any]) -> Tensor:
-    """float[videos, frames, 3, H, W]: the pixels of a `get_video_features` call that stacks its videos."""
-    # transformers 5.17 names the argument `pixel_values`.
-    pixels = call.get("pixel_values_videos")
-    videos: Tensor = call["pixel_values"] if pixels is None else pixels
-    return videos
-
-
-def stacked_frames(name: str, call: Mapping[str, Any], picks: list[Tensor]) -> dict[str, Any]:
-    """The same call with frames `picks` int[K] of each video only.
-
-    Raises:
-        UnsupportedError: the videos would differ in length; `name` is the family's, for the message.
-    """
-    if len({len(pick) for pick in picks}) > 1:
-        raise UnsupportedError(f"{name} stacks videos: leave the same number of frames in each of a batch.")
-    argument = "pixel_values" if call.get("pixel_values_videos") is None else "pixel_values_videos"
-    return {**call, argument: torch.stack([clip[pick] for clip, pick in zip(call[argument], picks, strict=True)])}
-
-
 def unit_mean(values: Tensor, rows: int, columns: int, unit: int) -> Tensor:
     """Average float[tiles, rows * columns, C] over squares of unit x unit patches: float[tiles, R * C / unit^2, C]."""
     tiles, _, width = values.shape

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmtoken.backbones.anyres import AnyResolution
-from mmtoken.backbones.base import Layout, Modality, patch_side, prefix_flags, stacked_frames, stacked_videos
+from mmtoken.backbones.base import Layout, Modality, patch_side, prefix_flags
+from mmtoken.backbones.stacked import StackedVideos, stacked_videos
 
 
 class LlavaNext(AnyResolution):
@@ -19,7 +20,7 @@ class LlavaNext(AnyResolution):
     model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
 
 
-class LlavaNextVideo(LlavaNext):
+class LlavaNextVideo(StackedVideos, LlavaNext):
     """`LlavaNextVideoForConditionalGeneration`.
 
     Patches of video frames are pooled before the projector reads them; nothing separates rows or frames. Values per
@@ -49,12 +50,3 @@ class LlavaNextVideo(LlavaNext):
 
     def item_pixels(self, modality: Modality, call: Mapping[str, Any]) -> list[Tensor]:
         return self.clips(call) if modality == "video" else super().item_pixels(modality, call)
-
-    def pictures(self, call: Mapping[str, Any]) -> list[Tensor]:
-        return list(stacked_videos(call))
-
-    def clips(self, call: Mapping[str, Any]) -> list[Tensor]:
-        return list(stacked_videos(call))
-
-    def with_frames(self, call: Mapping[str, Any], picks: list[Tensor]) -> dict[str, Any]:
-        return stacked_frames(self.name, call, picks)

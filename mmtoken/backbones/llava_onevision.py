@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mmtoken.backbones.anyres import AnyResolution
-from mmtoken.backbones.base import Layout, Modality, patch_side, stacked_frames, stacked_videos
+from mmtoken.backbones.base import Layout, Modality, patch_side
+from mmtoken.backbones.stacked import StackedVideos, stacked_videos
 
 
-class LlavaOneVision(AnyResolution):
+class LlavaOneVision(StackedVideos, AnyResolution):
     """`LlavaOnevisionForConditionalGeneration`.
 
     The model re-samples projected features (un-padding, bilinear scaling, pooling), so values per patch travel
@@ -60,12 +61,3 @@ class LlavaOneVision(AnyResolution):
     def unpooled(self, call: Mapping[str, Any], projected: Tensor) -> list[Tensor]:
         side = patch_side(self.model)
         return list(projected.reshape(*stacked_videos(call).shape[:2], side, side, -1))
-
-    def pictures(self, call: Mapping[str, Any]) -> list[Tensor]:
-        return list(stacked_videos(call))
-
-    def clips(self, call: Mapping[str, Any]) -> list[Tensor]:
-        return list(stacked_videos(call))
-
-    def with_frames(self, call: Mapping[str, Any], picks: list[Tensor]) -> dict[str, Any]:
-        return stacked_frames(self.name, call, picks)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmtoken.backbones.base import Layout, Modality, patch_side, stacked_videos
+from mmtoken.backbones.base import Layout, Modality, patch_side
 from mmtoken.backbones.llava_onevision import LlavaOneVision
+from mmtoken.backbones.stacked import stacked_videos
 
 
 class LlavaVideo(LlavaOneVision):

@@ -15,13 +15,12 @@ from mmtoken.backbones.base import (
     feature_tower,
     patch_side,
     prefix_flags,
-    stacked_frames,
-    stacked_videos,
 )
 from mmtoken.backbones.llava import Llava
+from mmtoken.backbones.stacked import StackedVideos, stacked_videos
 
 
-class VideoLlava(Llava):
+class VideoLlava(StackedVideos, Llava):
     """`VideoLlavaForConditionalGeneration`.
 
     Images are laid out as in LLaVA-1.5. A frame of a video is its CLS token, which counts as a separator, and its
@@ -61,15 +60,6 @@ class VideoLlava(Llava):
 
     def item_pixels(self, modality: Modality, call: Mapping[str, Any]) -> list[Tensor]:
         return self.clips(call) if modality == "video" else super().item_pixels(modality, _renamed(call))
-
-    def pictures(self, call: Mapping[str, Any]) -> list[Tensor]:
-        return list(stacked_videos(call))
-
-    def clips(self, call: Mapping[str, Any]) -> list[Tensor]:
-        return list(stacked_videos(call))
-
-    def with_frames(self, call: Mapping[str, Any], picks: list[Tensor]) -> dict[str, Any]:
-        return stacked_frames(self.name, call, picks)
 
 
 def _renamed(call: Mapping[str, Any]) -> dict[str, Any]:
