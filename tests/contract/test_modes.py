@@ -136,7 +136,7 @@ def test_a_second_turn_on_the_returned_cache_agrees(name: str, cell: Cell, case:
 
 def two_turns(model: nn.Module, inputs: oracle.Inputs, *, static: bool, **how: Any) -> oracle.Generated:
     """Generate, append a question to everything so far, generate again on the returned cache."""
-    cache = {oracle.CACHE: new_static_cache(model, 160)} if static else {}
+    cache = {oracle.CACHE: new_static_cache(model)} if static else {}
     first = oracle.generate_with_logits(model, inputs, max_new_tokens=4, **how, **cache)
     question = torch.tensor([[104, 105, 106]]).expand(len(first.sequences), -1)
     ids = torch.cat([first.sequences, question], 1)
@@ -147,8 +147,9 @@ def two_turns(model: nn.Module, inputs: oracle.Inputs, *, static: bool, **how: A
     return oracle.generate_with_logits(model, more, max_new_tokens=4, **{oracle.CACHE: first.cache}, **how)
 
 
-def new_static_cache(model: nn.Module, length: int) -> StaticCache:
-    return StaticCache(config=oracle.text_model(model).config, max_cache_len=length)
+def new_static_cache(model: nn.Module) -> StaticCache:
+    """One with room for the longest tiny prompt, an answer and a second turn."""
+    return StaticCache(config=oracle.text_model(model).config, max_cache_len=256)
 
 
 FIXED = [cell for cell in CELLS if cell[0] not in QWEN]
@@ -193,7 +194,7 @@ def loop(model: nn.Module, inputs: oracle.Inputs, *, mask: bool, static: bool = 
     if not mask:
         del first["attention_mask"]
     if static:
-        first[oracle.CACHE] = new_static_cache(model, 160)
+        first[oracle.CACHE] = new_static_cache(model)
     out = model(**first, use_cache=True)
     tokens, logits = [], [out.logits[:, -1]]
     for _ in range(4):

@@ -346,7 +346,7 @@ def gap_of(cuts: list[list[Choice]]) -> float:
 @functools.cache
 def clear_case(name: str, cell: Cell, case: str) -> tuple[int, list[list[Choice]]]:
     """The first seed whose inputs leave no decision to rounding, and what the formulas choose there."""
-    for seed in range(1, 200):
+    for seed in range(1, 2000):
         cuts = FORMULAS[name](run(name, cell, case, seed), cell, case, seed)
         if gap_of(cuts) >= GAP:
             return seed, cuts

@@ -49,7 +49,12 @@ def trained(family: str, modality: str, side: str, case: str = "padded_ragged") 
 
 def meaningful(gradients: oracle.Gradients) -> oracle.Gradients:
     """Without the biases of the tower's key projections: softmax does not see them, their gradient is rounding."""
-    kept = {n: g for n, g in gradients.grads.items() if not ("vision" in n and n.endswith("k_proj.bias"))}
+    towers = ("vision", "image_tower", "video_tower")
+    kept = {
+        n: g
+        for n, g in gradients.grads.items()
+        if not (any(tower in n for tower in towers) and n.endswith("k_proj.bias"))
+    }
     return gradients._replace(grads=kept)
 
 
