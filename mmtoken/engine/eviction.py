@@ -266,6 +266,13 @@ def _next_position(call: Prefill, stored: LogicalLayer) -> Tensor:
 
 
 def _rotary(decoder: Any, call: Prefill, kind: str, positions: Tensor) -> tuple[Tensor, Tensor]:
+    kinds = set(attention_kinds(decoder.config))
+    if len(kinds) > 1:
+        # Rows of a padded batch were seen to keep other entries than single rows do (Gemma 3).
+        raise UnsupportedError(
+            f"the method turns queries to later positions, which is not right yet where layers are of several kinds "
+            f"({', '.join(sorted(kinds))}); use one that does not, such as SnapKV."
+        )
     axes = positions.expand(3, *positions.shape) if call.position_ids.ndim == 3 else positions
     cosine, sine = rotary_tables(decoder, call.embeds, axes, kind)
     # Text has the same position on every axis.
