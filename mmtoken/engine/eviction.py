@@ -36,7 +36,7 @@ class _Seen(threading.local):
     Attributes:
         outer: who listened before.
         query: float[B, H, n, d], rotated.
-        unrotated: float[B, n, ...] before the rotary embedding, as the module put it out.
+        unrotated: before the rotary embedding, as the module put it out; see `per_head`.
         scaling: factor on the dot products.
     """
 
@@ -180,7 +180,7 @@ class Eviction:
         keys, values = stored.held()
         query, unrotated = self.seen.query, self.seen.unrotated
         assert query is not None and unrotated is not None
-        rows, heads, fed, width = query.shape
+        rows = len(query)
         seen = columns >= 0
         mask = call.masks[number]
         if mask is not None:
@@ -197,7 +197,7 @@ class Eviction:
             keys=keys.detach(),
             values=values.detach(),
             queries=query,
-            unrotated=unrotated.reshape(rows, fed, heads, width).transpose(1, 2),
+            unrotated=per_head(unrotated, query),
             valid=seen,
             item=at_columns(item),
             length=_next_position(call, stored),
@@ -237,6 +237,27 @@ def query_module(module: Any, number: int) -> nn.Module:
     return last
 
 
+def per_head(unrotated: Tensor, query: Tensor) -> Tensor:
+    """float[B, H, n, d]: the queries that a module put out before the rotary embedding.
+
+    Some models normalise queries before they bring heads to the front (Qwen3), others afterwards (Gemma 3).
+
+    Args:
+        unrotated: float[B, n, H * d], float[B, n, H, d] or float[B, H, n, d].
+        query: float[B, H, n, d], rotated.
+    """
+    rows, heads, length, width = query.shape
+    by_place = unrotated.reshape(rows, length, heads, width).transpose(1, 2)
+    if unrotated.shape != query.shape:
+        return by_place
+    if heads != length:
+        return unrotated
+    # As many heads as tokens: shapes do not tell. Rotation leaves the length of every query as it was.
+    lengths = query.float().norm(dim=-1)
+    off = [float((reading.float().norm(dim=-1) - lengths).abs().max()) for reading in (by_place, unrotated)]
+    return by_place if off[0] <= off[1] else unrotated
+
+
 def check_choice(keep: Tensor, entry: CacheEntry, name: str) -> Tensor:
     """bool[B, G, n]: the choice without padding.
 
@@ -266,13 +287,6 @@ def _next_position(call: Prefill, stored: LogicalLayer) -> Tensor:
 
 
 def _rotary(decoder: Any, call: Prefill, kind: str, positions: Tensor) -> tuple[Tensor, Tensor]:
-    kinds = set(attention_kinds(decoder.config))
-    if len(kinds) > 1:
-        # Rows of a padded batch were seen to keep other entries than single rows do (Gemma 3).
-        raise UnsupportedError(
-            f"the method turns queries to later positions, which is not right yet where layers are of several kinds "
-            f"({', '.join(sorted(kinds))}); use one that does not, such as SnapKV."
-        )
     axes = positions.expand(3, *positions.shape) if call.position_ids.ndim == 3 else positions
     cosine, sine = rotary_tables(decoder, call.embeds, axes, kind)
     # Text has the same position on every axis.

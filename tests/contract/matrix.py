@@ -191,8 +191,6 @@ def refused_when_called(name: str, cell: Cell) -> str | None:
     method = COMPRESSORS[name]
     if isinstance(method, shelf.RegionMask) and method.site == "llm_input" and cell in TILED:
         return "do not fill one grid"
-    if isinstance(method, shelf.ExpectedAttention) and cell[0] == "gemma3":
-        return "layers are of several kinds"
     return None
 
 

@@ -19,7 +19,7 @@ from mmtoken import MMTokenError, attach, compress, compress_inputs
 from mmtoken.compressors import DivPrune, FastV, KeyDiff, Schedule
 from mmtoken.compressors.base import CacheEntry, Compressor, Context, Positions, Recording
 from mmtoken.engine.cache import LogicalDynamicLayer, cache_bytes
-from mmtoken.engine.eviction import check_choice
+from mmtoken.engine.eviction import check_choice, per_head
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import kept_count
 from tests import oracle
@@ -422,12 +422,28 @@ def test_the_method_is_told_what_the_eager_model_computes(cell: Cell, attn: str)
         got = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
         where = real[:, None, :, None].expand_as(got)
         assert_close(got[where], weights[layer][where])
-        # the last token's query, rotated by hand to its position, is the rotated one; the next position follows it
-        cosine, sine = entry.rotary((entry.length - 1)[:, None])
-        query = entry.unrotated[:, :, -1]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+def test_the_last_query_rotated_by_hand_is_the_rotated_one(cell: Cell) -> None:
+    model = tiny(cell[0])
+    with compress(model, Hashed(keep=1.0)):
+        logits(model, batch(cell, "padded_ragged"))
+    for _, entry, _ in Hashed.chosen:
+        # The next position follows the last token's.
+        cosine, sine = (table[:, None] for table in entry.rotary((entry.length - 1)[:, None]))
+        query = entry.unrotated[:, :, -1:]
         half = query.shape[-1] // 2
         turned = query * cosine + torch.cat([-query[..., half:], query[..., :half]], -1) * sine
-        assert_close(turned, entry.queries[:, :, -1])
+        assert_close(turned, entry.queries[:, :, -1:])
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_queries_are_per_head_however_a_module_puts_them_out(length: int) -> None:
+    queries = torch.randn(2, 4, length, 6, generator=torch.Generator().manual_seed(length))
+    rotated = queries.roll(1, -1)  # lengths stay, as in a rotation
+    for put_out in (queries, queries.transpose(1, 2), queries.transpose(1, 2).flatten(2)):
+        assert torch.equal(per_head(put_out, rotated), queries)
 
 
 def test_items_are_numbered_within_their_row() -> None:
