@@ -31,13 +31,12 @@ from mmtoken.compressors.pretrained import (
     COMPRESSOR_FILE,
     Record,
     check_folder,
-    read,
+    find,
     read_parts,
     read_record,
     record_of,
     write,
 )
-from mmtoken.compressors.registry import resolve
 from mmtoken.compressors.trained import Trained
 from mmtoken.engine.learned import dims_of
 from mmtoken.engine.session import attach, attached
@@ -81,7 +80,9 @@ def load(
     settings = _check_family(source, options)
     with _readable(source):
         AutoConfig.from_pretrained(source, **_fetching(options))  # refuses code and settings out of range early
-    chosen = None if compressor is None else _given(compressor, hf_kwargs)
+    # The revision is that of the model.
+    fetching = {name: hf_kwargs[name] for name in DOWNLOAD if name in hf_kwargs and name != "revision"}
+    chosen = None if compressor is None else find(compressor, fetching)
     saved = _saved(source, options) if compressor is None else None
     if saved is not None:
         trainable = saved.compressor.trainable
@@ -282,20 +283,6 @@ def _refuse_pickles(source: str, names: list[str]) -> None:
             "convert it to safetensors."
         )
     raise CheckpointError(f"model={source!r} has no *.safetensors file; it holds no weights.")
-
-
-def _given(
-    compressor: Compressor | Trained | str | os.PathLike[str] | dict[str, Any], options: dict[str, Any]
-) -> Compressor | Trained:
-    """What was handed in, or lies where it says."""
-    if isinstance(compressor, os.PathLike) or (
-        isinstance(compressor, str) and ("/" in compressor or (Path(compressor) / COMPRESSOR_FILE).is_file())
-    ):
-        # The revision is that of the model.
-        fetching = {name: options[name] for name in DOWNLOAD if name in options and name != "revision"}
-        loaded: Compressor | Trained = read(os.fspath(compressor), fetching)
-        return loaded
-    return resolve(compressor)
 
 
 def _saved(source: str, options: dict[str, Any]) -> Record | None:

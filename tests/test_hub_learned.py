@@ -14,7 +14,7 @@ from mmtoken import attached, check, learnable, load, save
 from mmtoken.compressors import BUS, QueCC, Trained
 from mmtoken.compressors.pretrained import COMPRESSOR_FILE, PARTS_FILE
 from mmtoken.engine.session import attach
-from mmtoken.errors import CheckpointError, UnsupportedError
+from mmtoken.errors import CheckpointError, InputError, UnsupportedError
 from mmtoken.hub import skeleton
 from tests.backbones.processors import conversation, photograph, write_checkpoint
 
@@ -95,6 +95,13 @@ def test_a_save_that_fails_leaves_nothing(
     with pytest.raises(OSError, match="no space left"):
         save(model, tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_on_another_device_than_the_model_are_told_how_to_follow(trained: Trained, checkpoint: Path) -> None:
+    model, processor = load(checkpoint, compressor=trained)
+    trained.to("meta")
+    with pytest.raises(InputError, match=r"are on meta and what they read is on cpu; move them too: .*to\('cpu'\)"):
+        logits(model, processor)
 
 
 def test_missing_parts_are_named(saved: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import yaml
 
 from mmtoken.compressors.base import Compressor
-from mmtoken.compressors.registry import resolve
+from mmtoken.compressors.pretrained import find
+from mmtoken.compressors.trained import Trained
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
 
 
@@ -39,19 +40,19 @@ def add_compressor(parser: Parser) -> None:
     parser.add_argument(
         "--compressor",
         metavar="NAME",
-        help="a name of `mmtoken list compressors`, or class_path and init_args as a dict or in a YAML or JSON file; "
-        "its settings follow as --compressor.SETTING VALUE",
+        help="a name of `mmtoken list compressors`, a folder or Hugging Face id of a saved one, or class_path and "
+        "init_args as a dict or in a YAML or JSON file; its settings follow as --compressor.SETTING VALUE",
     )
     parser.add_argument(
         "--keep", metavar="K", help="visual tokens to keep: a fraction (0.25) or a count per image (64)"
     )
 
 
-def take_compressor(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, Compressor | None]:
+def take_compressor(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, Compressor | Trained | None]:
     """Parse `argv`; also the compressor that its options name, None without one.
 
     Raises:
-        MMTokenError: an option is unknown, or the compressor or one of its settings is.
+        MMTokenError: an option is unknown, or the compressor or one of its settings is, or it cannot be loaded.
     """
     options, rest = parser.parse_known_args(argv)
     settings = _settings(parser, rest)
@@ -61,7 +62,7 @@ def take_compressor(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace
         if settings:
             raise MMTokenError(f"{next(iter(settings))} is a setting of a compressor; name one with --compressor.")
         return options, None
-    return options, resolve(_spec(options.compressor), **settings)
+    return options, find(_spec(options.compressor), {}, **settings)
 
 
 def _settings(parser: Parser, rest: list[str]) -> dict[str, Any]:

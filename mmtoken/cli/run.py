@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from mmtoken.cli.parser import Parser, add_compressor, find_device, quiet, take_compressor
+from mmtoken.compressors.base import Compressor
+from mmtoken.compressors.trained import Trained
 from mmtoken.errors import InputError, MMTokenError
 from mmtoken.wholefile import check_target, whole_file
 
@@ -68,7 +70,10 @@ def _answer(options: Any, compressor: Any, images: list[Any]) -> dict[str, Any]:
     if saved is not None and compressor is not None:  # what is named here goes before what was saved
         saved.detach()
         saved = None
-    before = compressor is not None and "prepare" in compressor.sites and adapt(model).dynamic_resolution
+    trained = compressor if saved is None else saved.trained
+    if isinstance(trained, Trained):
+        trained.to(device)
+    before = isinstance(compressor, Compressor) and "prepare" in compressor.sites and adapt(model).dynamic_resolution
     if before:
         if options.save_overlay:
             raise InputError(

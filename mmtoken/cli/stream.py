@@ -15,6 +15,7 @@ import time
 from typing import Any, TextIO
 
 from mmtoken.cli.parser import Parser, add_compressor, find_device, quiet, take_compressor
+from mmtoken.compressors.trained import Trained
 from mmtoken.errors import InputError
 from mmtoken.wholefile import check_target, whole_file
 
@@ -105,11 +106,14 @@ def _watch(options: Any, compressor: Any, source: Any, questions: list[tuple[flo
 
     name = DEFAULT_MODEL if options.model is None else options.model
     model, processor = load(name)
-    model.to(find_device(options.device))
+    device = find_device(options.device)
+    model.to(device)
     saved = attached(model)
     if saved is not None:  # a stream attaches what it needs; what is named here goes before what was saved
         compressor = (saved.trained or saved.compressor) if compressor is None else compressor
         saved.detach()
+    if isinstance(compressor, Trained):
+        compressor.to(device)
     answers: list[dict[str, Any]] = []
     waiting = list(questions)
     refusals = _Refusals(sys.stderr)

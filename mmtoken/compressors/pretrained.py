@@ -168,6 +168,27 @@ class Record:
     digest: str | None
 
 
+def find(
+    given: Compressor | Trained | str | os.PathLike[str] | dict[str, Any], options: dict[str, Any], **settings: Any
+) -> Compressor | Trained:
+    """A compressor from whatever `registry.resolve` takes, or from the folder or repository of a saved one.
+
+    Args:
+        given: a string with a slash, or the name of a folder that holds a compressor, is read there.
+        options: those of `DOWNLOAD` count.
+        **settings: settings that go on top.
+
+    Raises:
+        CheckpointError, UnknownNameError, MMTokenError: as `Pretrained.from_pretrained` and `registry.resolve`.
+    """
+    from mmtoken.compressors.registry import resolve
+
+    saved = isinstance(given, os.PathLike) or (
+        isinstance(given, str) and ("/" in given or (Path(given) / COMPRESSOR_FILE).is_file())
+    )
+    return resolve(read(os.fspath(given), options) if saved else given, **settings)  # type: ignore[arg-type]
+
+
 def read(name: str, options: dict[str, Any]) -> Compressor | Trained:
     """The compressor in a folder or a repository.
 

@@ -157,7 +157,7 @@ class Eviction:
         columns = stored.all_columns()
         entry, index = self._entry(call, number, stored, columns)
         context = self.context(call, hidden)
-        context.learned = None if session.trained is None else session.trained.module
+        context.learned = session.parts(hidden.device)
         started = session.clock()
         keep = session.compressor.cache(entry, number, context)
         seconds = session.clock() - started

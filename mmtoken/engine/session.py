@@ -398,6 +398,22 @@ class Session(AbstractContextManager["Session"]):
     def __reduce__(self) -> Any:
         raise UnsupportedError("A model with a compressor attached cannot be pickled; detach it first.")
 
+    def parts(self, device: torch.device) -> nn.Module | None:
+        """The learned parts, for a call on that device; None for compressors without any.
+
+        Raises:
+            InputError: they are elsewhere: `model.to()` does not move them, for they are no part of the model.
+        """
+        if self.trained is None:
+            return None
+        where = {weight.device for weight in self.trained.module.parameters()} - {device}
+        if where:
+            raise InputError(
+                f"the learned parts of {type(self.compressor).__name__} are on {where.pop()} and what they read is on "
+                f"{device}; move them too: mmtoken.attached(model).trained.to({str(device)!r})."
+            )
+        return self.trained.module
+
     def run_site(
         self,
         site: str,
@@ -409,7 +425,7 @@ class Session(AbstractContextManager["Session"]):
         """Call the compressor at a site and note what it read and did."""
         before = tokens.counts()
         context.scores = context.timings = None
-        context.learned = None if self.trained is None else self.trained.module
+        context.learned = self.parts(tokens.features.device)
         started = self.clock()
         left = method(tokens)
         seconds = self.clock() - started

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmtoken.cli.main import main
+from mmtoken.compressors import FastV
 from mmtoken.models.registry import find_model
 
 pytestmark = pytest.mark.lowest
@@ -58,6 +59,14 @@ def ask(capsys: Output, *words: str, image: str = SCENE) -> str:
 )
 def test_keep(capsys: Output, keep: str, words: str) -> None:
     assert words in ask(capsys, "--compressor", "divprune", f"--keep={keep}")
+
+
+def test_a_compressor_that_is_nowhere_or_whose_setting_is_not(capsys: Output, tmp_path: Path) -> None:
+    folder = FastV(keep=0.25).save_pretrained(tmp_path / "saved")
+    assert "layers='1' is no setting of FastV" in ask(capsys, "--compressor", str(folder), "--compressor.layers", '"1"')
+    assert "it has no mmtoken_compressor.json" in ask(capsys, "--compressor", f"{tmp_path}/")
+    gone = str(tmp_path / "gone")
+    assert f"compressor={gone!r} is no folder and no repository" in ask(capsys, "--compressor", gone)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import pytest
 import yaml
 from PIL import Image
 
+import mmtoken
 from mmtoken.cli import main as cli
 from mmtoken.cli.main import main
+from mmtoken.compressors import FastV, QueCC
 from mmtoken.compressors.registry import names
 from tests.backbones.processors import write_checkpoint
 
@@ -72,6 +74,21 @@ def test_a_compressor_comes_from_a_file(capsys: Output, tmp_path: Path) -> None:
         words = ["run", "--image", SCENE, "--ask", "x", "--compressor", str(file), "--compressor.layer=2", "--json"]
         assert main(words) == 0
         assert json.loads(capsys.readouterr().out)["compressor"]["init_args"]["layer"] == 2
+
+
+def test_a_compressor_comes_from_the_folder_where_it_was_saved(capsys: Output, tmp_path: Path) -> None:
+    folder = FastV(keep=0.25, layer=1).save_pretrained(tmp_path / "saved")
+    words = ["run", "--image", SCENE, "--ask", "x", "--compressor", str(folder), "--compressor.layer", "2", "--json"]
+    assert main(words) == 0
+    settings = json.loads(capsys.readouterr().out)["compressor"]["init_args"]
+    assert (settings["keep"], settings["layer"]) == (0.25, 2)
+
+
+def test_learned_parts_come_with_the_compressor(capsys: Output, tmp_path: Path) -> None:
+    folder = mmtoken.learnable(mmtoken.load()[0], QueCC(keep=0.25)).save_pretrained(tmp_path / "saved")
+    assert main(["run", "--image", SCENE, "--ask", "x", "--compressor", str(folder), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["compressor"]["class_path"].endswith("QueCC") and result["report"]["tokens_out"] == [16]
 
 
 @pytest.mark.parametrize("what", ["compressors", "backbones", "models"])
