@@ -160,7 +160,7 @@ def check(
     choose: Callable[..., Choice],
     tower: Callable[[Cell, str, int], tuple[Tensor, Tensor]],
 ) -> None:
-    """Find inputs on which every decision is clear, but for those between tokens of padding, and compare what is left."""
+    """Find inputs on which every decision is clear, those between tokens of padding aside."""
     for seed in range(1, 200):
         report = report_of(name, cell, case, seed)
         items = facts(name, cell, case, seed, report, tower)
