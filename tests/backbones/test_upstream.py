@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -108,3 +109,21 @@ def test_mmtoken_run_answers_like_transformers_alone(
     out = plain.generate(**batch, max_new_tokens=6, do_sample=False)
     text = processor.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answers[0]["answer"].strip() == text.strip()
+
+
+def test_frames_of_a_video_are_pictures_to_internvl(tmp_path: Path) -> None:
+    model, processor = mmtoken.load(str(write_upstream("internvl", tmp_path / "internvl")))
+    frames = torch.stack([torch.from_numpy(np.array(photograph(number, SIZE))).movedim(-1, 0) for number in range(3)])
+    turn = [{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": "What moves?"}]}]
+    text = processor.apply_chat_template([turn], add_generation_prompt=True)
+    sampled = {"do_sample_frames": False}
+    batch = processor(text=text, videos=[frames], videos_kwargs=sampled, return_tensors="pt").to(model.dtype)
+    with torch.no_grad():
+        want = model(**batch).logits
+        with mmtoken.compress(model, FastV(keep=1.0, layer=2)):
+            assert torch.equal(model(**batch).logits, want)
+        with mmtoken.compress(model, DivPrune(keep=0.25)) as session:
+            model(**batch)
+    tokens = int((batch["input_ids"] == model.config.image_token_id).sum()) // 3
+    assert tokens > 4 and session.report.tokens_in == [tokens] * 3
+    assert session.report.tokens_out == [tokens // 4] * 3
