@@ -15,6 +15,9 @@ from mmtoken.compressors.trips import marked, select_and_fuse
 from mmtoken.errors import InputError, MMTokenError, UnsupportedError
 from mmtoken.tokens import VisualTokens, check_keep, grid_places, kept_count, top_mask
 
+MOST_LAYERS = 128
+"""Of the decoder: a number that comes in a file must not be able to use up the memory."""
+
 
 @dataclass(frozen=True)
 class BUS(Compressor):
@@ -74,6 +77,8 @@ class BUS(Compressor):
         if self.layer is not None:
             check_whole("layer", self.layer, lowest=1)
         check_whole("decoder_layers", self.decoder_layers, lowest=1)
+        if self.decoder_layers > MOST_LAYERS:
+            raise MMTokenError(f"decoder_layers={self.decoder_layers} is too many; give at most {MOST_LAYERS}.")
         check_whole("heads", self.heads, lowest=1)
         if self.queries not in ("patches", "learned"):
             raise MMTokenError(f"queries={self.queries!r} is unknown; use 'patches' or 'learned'.")

@@ -261,7 +261,7 @@ def test_the_block_is_half_of_the_depth_or_as_given() -> None:
     [
         *(("share", value) for value in (0, 1.5, 64, True, "0.5", None, math.nan)),
         *(("layer", value) for value in (0, -1, True, 2.0, "2")),
-        *(("decoder_layers", value) for value in (0, True, 1.0, None)),
+        *(("decoder_layers", value) for value in (0, True, 1.0, None, 129, 10**9)),
         *(("heads", value) for value in (0, 2.0, None)),
         *(("queries", value) for value in ("tokens", None, 1)),
         ("normalise", 1),
