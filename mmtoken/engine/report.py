@@ -64,7 +64,7 @@ class Report:
         prompt_lengths: tokens of each prompt row before compression, padding not counted.
         layer_lengths: per decoder layer, the tokens of each prompt row that the layer processed.
         kept: per item, int[K] indices into its `places` left after the last cut, separators not counted.
-        separators: the same of separators, which stay unless whole frames leave with theirs.
+        separators: the same of separators, which stay unless a method takes those of a frame along.
         tokens: the surviving tokens after the last site, detached; None in all but a session's last report.
         kv_bytes, kv_bytes_dense: key/value cache after the prefill, and what it would be without compression.
         listening_seconds: wall time spent on attention rows that layers gave away as they ran.

@@ -38,7 +38,7 @@ def kept_by_layer(report: Report, separators: Tensor, depth: int) -> dict[int, T
     """
     rows = len(report.prompt_lengths)
     never = separators.repeat_interleave(rows // len(separators), 0)
-    if report.compressor == "QuoTA":  # the only one whose frames leave with their separators, and bring new ones
+    if report.compressor in ("QuoTA", "VideoScan"):  # what leaves of a frame takes separators along; others keep them
         never = torch.zeros_like(never)
         for row, places, left in zip(report.item_rows, report.places, report.separators, strict=True):
             never[row, places[left]] = True
