@@ -6,6 +6,7 @@ The reference is the masked model on a cache that forgets nothing, whose masks a
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 import mmtoken
-from mmtoken.compressors import Compressor, DivPrune, FastV, PyramidDrop
+from mmtoken.compressors import Compressor, DivPrune, FastV, KeyDiff, PyramidDrop
+from mmtoken.compressors.base import CacheEntry, Context, Positions
 from mmtoken.engine.cache import LogicalSlidingLayer, logical_layer
 from mmtoken.errors import UnsupportedError
 from tests import oracle
 from tests.backbones.tiny_models import build, inputs
 from tests.contract.matrix import assert_close
-from tests.contract.reference import kept_by_layer
+from tests.contract.reference import evicted_by_layer, kept_by_layer
 
 WINDOW = 8
 METHODS: dict[str, Compressor] = {
@@ -137,6 +139,41 @@ def test_a_second_turn_sees_the_same_windows(method: str) -> None:
         again = {"input_ids": ids, "attention_mask": mask, oracle.CACHE: first.cache}
         want = oracle.generate_with_logits(model, again)
     assert_close(got.logits, want.logits)
+
+
+@dataclass(frozen=True)
+class Alike(Compressor):
+    """About half of the visual tokens that a layer holds, by their keys, the same in every head."""
+
+    keep: int | float = 0.5
+    positions: Positions = "keep"
+
+    def cache(self, entry: CacheEntry, layer: int, ctx: Context) -> Tensor:
+        stay = entry.valid & ((entry.item < 0) | (entry.keys[:, 0, :, layer] > 0))
+        return stay[:, None].expand(entry.keys.shape[:3])
+
+
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [(Alike(), "drop"), (Alike(), "mask"), (KeyDiff(keep=2), "mask")],
+    ids=["alike", "alike hidden", "per head"],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_entries_leave_layers_with_a_window_and_layers_without(case: str, method: Compressor, mode: Any) -> None:
+    """What a window has passed is gone for good; of what it still shows, decoding misses what left and nothing else."""
+    model = narrow("gemma3")
+    batch = inputs(model, "gemma3", "image", case)
+    with mmtoken.compress(model, method, mode=mode) as session:
+        got = oracle.generate_with_logits(model, batch, max_new_tokens=12)
+    keep = kept_by_layer(session.report, torch.zeros_like(batch["input_ids"], dtype=torch.bool), 4)
+    evicted = evicted_by_layer(session.report, keep)
+    assert sorted(evicted) == [0, 1, 2, 3] and all(not bool(left.all()) for left in evicted.values())
+    assert {layer.is_sliding for layer in got.cache.layers} == {False, True}
+    with oracle.masked_keys(model, evicted, decode_only=True):
+        want = oracle.generate_with_logits(model, batch, max_new_tokens=12, **{oracle.CACHE: DynamicCache()})
+    assert torch.equal(got.sequences, want.sequences)
+    assert_close(got.logits, want.logits)
+    assert forgetful(got.cache)
 
 
 def bare(kind: str) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
