@@ -76,6 +76,8 @@ def test_speed_is_measured_on_the_shape_and_in_the_type_that_were_asked_for(
     assert main([*words, "--shape", "7b", "--dtype", "bfloat16", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "speed.json").read_text())
     assert (results["dtype"], results["shape"]["visual_tokens"], results["shape"]["layers"]) == ("bfloat16", 36, 32)
+    two_bytes = 2 * 32 * 16 * 2 * (36 + 32)  # keys and values, layers, hidden, bytes, tokens
+    assert results["results"][0]["kv_bytes"] == two_bytes
     row = next(row for row in results["results"] if row["name"] == "ZeroTPrune keep=0.5")
     assert row["milliseconds"]["scoring"]["median"] > 0
 

@@ -14,6 +14,7 @@ from mmtoken.compressors import ZeroTPrune, zerotprune
 from mmtoken.compressors.base import TowerStates
 from mmtoken.compressors.zerotprune import emphasise, informative_heads, near_duplicates
 from mmtoken.errors import UnsupportedError
+from mmtoken.kernels.pagerank import pagerank
 from mmtoken.tokens import kept_count
 from tests.backbones.tiny_models import build
 from tests.compressors.batches import make
@@ -40,6 +41,9 @@ def test_heads_count_whose_variance_lies_within_the_bounds() -> None:
     assert informative_heads(heads, seen, (0.01, 0.7)).tolist() == [[False, True, True, False]]
     assert informative_heads(heads, seen, (0.04 - 1e-6, 0.3)).tolist() == [[False, True, False, False]]
     assert informative_heads(heads, seen, (5.0, 6.0)).tolist() == [[True] * 4]
+    flat = heads[:, :1].expand(-1, 4, -1)  # an item of which none counts, beside one of which some do
+    both = informative_heads(torch.cat([heads, flat]), seen.expand(2, -1), (0.01, 0.7))
+    assert both.tolist() == [[False, True, True, False], [True] * 4]
 
 
 def test_heads_come_together_as_root_mean_square() -> None:
@@ -122,6 +126,42 @@ def test_importance_equals_plain_loops() -> None:
     assert float(got[0, 1]) == 0.0
 
 
+def test_importance_heeds_variance_rescale_and_tolerance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 2, 6, 1, 3, generator=generator)
+    query[:, 1] *= 4  # the second head's attention has higher peaks
+    none = query.new_zeros(1, 2, 0, 3)
+    states, left = TowerStates(query, key, key, none, none, none), torch.ones(1, 6, dtype=torch.bool)
+    ranks = pagerank(query[..., 0, :], key[..., 0, :], left, left / 6, 3)[0]
+    calm, wild = (ranks * 6).var(-1, unbiased=False).tolist()
+    between = (calm + wild) / 2
+
+    def importance(**settings: Any) -> Tensor:
+        return ZeroTPrune(**settings).importance(states, left, 3)[0]
+
+    assert 0.0 < calm < 0.9 * between
+    torch.testing.assert_close(importance(variance=(0.0, between)), ranks[0])
+    torch.testing.assert_close(importance(variance=(between, 9.0)), ranks[1])
+    both = (ranks**2).mean(0).sqrt()  # raw scores vary 36 times less
+    torch.testing.assert_close(importance(variance=(0.0, between), rescale=False), both)
+    once = pagerank(query[..., 0, :], key[..., 0, :], left, left / 6, 1)[0]
+    torch.testing.assert_close(importance(variance=(0.0, 9.0), tolerance=1.0), (once**2).mean(0).sqrt())
+
+
+def test_near_duplicates_leave_by_the_split_and_the_metric_of_the_method() -> None:
+    generator = torch.Generator().manual_seed(3)
+    features, scores = torch.randn(12, 4, generator=generator), torch.rand(12, generator=generator)
+    found = set()
+    for split in ("unimportant", "important", "alternate"):
+        for metric in ("cosine", "dot", "euclidean"):
+            method: Any = ZeroTPrune(split=split, metric=metric)  # type: ignore[arg-type]
+            left = method._thin(features[None], scores[None], torch.ones(1, 12, dtype=torch.bool), [3])[0]
+            gone = near_duplicates(features, scores, 3, split, metric)  # type: ignore[arg-type]
+            assert (~left).nonzero()[:, 0].tolist() == sorted(gone.tolist())
+            found.add(tuple(left.tolist()))
+    assert len(found) > 5
+
+
 @pytest.mark.parametrize("order", ["I'-S-I", "I-S"])
 @pytest.mark.parametrize("keep", [0.2, 5, 0.9])
 def test_counts_are_exact_at_every_cut_and_order_is_kept(keep: int | float, order: Any) -> None:
@@ -148,17 +188,21 @@ def test_the_same_share_leaves_at_every_cut() -> None:
 
 def test_the_first_pass_ranks_only_and_the_second_sees_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[list[int], int]] = []
+    found: list[Tensor] = []
     original = ZeroTPrune.importance
 
     def watched(self: Any, states: Any, left: Tensor, rounds: int) -> Tensor:
         calls.append((left.sum(-1).tolist(), rounds))
-        return original(self, states, left, rounds)
+        found.append(original(self, states, left, rounds))
+        return found[-1]
 
     monkeypatch.setattr(ZeroTPrune, "importance", watched)
     tokens, context = make([20])
     context.depth = 12
     ZeroTPrune(keep=0.5, layers=(2,), similar=3).vision_layer(tokens, 2, context)
+    assert context.scores is found[1]  # what the report shows
     ZeroTPrune(keep=0.5, layers=(2,), similar=3, order="I-S").vision_layer(tokens, 2, context)
+    assert context.scores is found[2]
     assert calls == [([20], 1), ([17], 30), ([20], 30)]
 
 

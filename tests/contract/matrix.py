@@ -205,10 +205,8 @@ def compress(model: nn.Module, method: Compressor, **options: Any) -> mmtoken.Se
 
 
 def drops(name: str, cell: Cell) -> bool:
-    """Whether tokens leave the sequence: filled regions and presses leave all, DyCoke and EVS images, VLA-Pruner at
-    first."""
-    """Whether tokens leave the sequence: filled regions, presses and the cacher leave all, DyCoke leaves images, and
-    VLA-Pruner all of them at first."""
+    """Whether tokens leave the sequence: filled regions, presses and the cacher leave all, DyCoke and EVS leave images,
+    and VLA-Pruner all of them at first."""
     whole = ("regionmask-zero", "regionmask-mean", "regionmask-patches-zero", "vlapruner")
     if name.startswith(whole) or COMPRESSORS[name].sites in ({"cache"}, {"refresh"}):
         return False

@@ -155,6 +155,7 @@ def test_states_give_the_attention_again(family: str, attn: str) -> None:
 
     (states, text), report, batch = ask(family, attn, "padded_ragged", question)
     attention = eager(family, batch).attentions[LAYER - 1]
+    assert any(report.item_rows.count(row) == 1 for row in report.item_rows)
     for item, (row, places) in enumerate(zip(report.item_rows, report.places, strict=True)):
         where = text_of(tiny(family), batch, row)
         count = len(places)

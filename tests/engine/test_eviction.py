@@ -411,6 +411,7 @@ def test_the_method_is_told_what_the_eager_model_computes(cell: Cell, attn: str)
     with compress(model, Hashed(keep=1.0)):
         logits(model, inputs)
     real = inputs["attention_mask"].bool()
+    assert len(Hashed.chosen) == 4
     for layer, entry, _ in Hashed.chosen:
         assert torch.equal(entry.valid, real)
         assert torch.equal(entry.item >= 0, visual_mask(model, inputs))
@@ -429,6 +430,7 @@ def test_the_last_query_rotated_by_hand_is_the_rotated_one(cell: Cell) -> None:
     model = tiny(cell[0])
     with compress(model, Hashed(keep=1.0)):
         logits(model, batch(cell, "padded_ragged"))
+    assert len(Hashed.chosen) == 4
     for _, entry, _ in Hashed.chosen:
         # The next position follows the last token's.
         cosine, sine = (table[:, None] for table in entry.rotary((entry.length - 1)[:, None]))

@@ -165,6 +165,7 @@ def test_what_is_to_be_predicted_is_no_prompt() -> None:
         forward(model, batch, labels=labels)
     text = real & ~visual
     text[0, -3:] = False  # of the other row all text is to be predicted: then it is the prompt as well
+    assert len(SEEN) == 3
     for _, means, states in SEEN:
         for row in range(2):
             mean, state = text_alone(model, {"input_ids": batch["input_ids"][row]}, text[row])
@@ -186,6 +187,7 @@ def test_embeddings_tell_the_same_as_ids() -> None:
         embeds = model.get_input_embeddings()(batch["input_ids"])
         rest = {name: value for name, value in batch.items() if name != "input_ids"}
         forward(model, rest | {"inputs_embeds": embeds})
+    assert len(SEEN) == 6
     for (site, *want), (other, *got) in zip(SEEN[:3], SEEN[3:], strict=True):
         assert site == other
         for a, b in zip(got, want, strict=True):

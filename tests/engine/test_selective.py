@@ -370,6 +370,7 @@ def test_a_patch_that_is_not_computed_moves_by_what_the_reference_moved(bare: An
         references = dict(state.blocks)
         with watching(blocks) as (entered, left):
             model(pixel_values=pixels[1:])
+    assert len(method.asked) == len(blocks)
     for number, (block, chosen, _, _) in enumerate(method.asked):
         assert number == block
         others = [t for t in range(16) if t not in chosen[0].tolist()]

@@ -778,6 +778,7 @@ def test_cls_between_blocks_is_the_one_of_that_place() -> None:
         with compress(model, Reader(layer=9)):
             model(pixels)
         plain = model(pixels, output_hidden_states=True).hidden_states
+    assert Reader.log
     for layer, *_, cls, _, _ in Reader.log:
         assert torch.equal(cls, plain[layer][:, 0])
 

@@ -108,8 +108,13 @@ def test_patches_before_pooling_are_those_of_the_models_projector(case: str) -> 
     assert [a.tolist() for a in ids] == [texts(model, batch)[row].tolist() for row in rows]
 
 
-@pytest.mark.parametrize(("family", "modality"), [("llava_onevision", "image"), ("qwen2_5_vl", "video")])
-def test_where_nothing_is_pooled_the_tokens_stand_for_the_patches(family: str, modality: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "modality", "case"),
+    [("llava_onevision", "image", "multi_image"), ("qwen2_5_vl", "video", "padded_ragged")],
+)
+def test_where_nothing_is_pooled_the_tokens_stand_for_the_patches(family: str, modality: str, case: str) -> None:
+    """Pictures that are cut lie on no one grid; two of those in a prompt are not cut."""
+
     @dataclass(frozen=True)
     class Grids(Looks):
         needs: ClassVar[frozenset[Need]] = frozenset({"unpooled"})
@@ -121,8 +126,9 @@ def test_where_nothing_is_pooled_the_tokens_stand_for_the_patches(family: str, m
     model = tiny(family)
     SEEN.clear()
     with torch.no_grad(), compress(model, Grids()):
-        model(**oracle.clone(inputs(model, family, modality, "padded_ragged")))
+        model(**oracle.clone(inputs(model, family, modality, case)))
     ((tokens, unpooled),) = SEEN
+    assert [grid is None for grid in tokens.grid] == ([False, False, True] if modality == "image" else [False] * 3)
     for row, (grid, got) in enumerate(zip(tokens.grid, unpooled, strict=True)):
         if grid is None:
             assert got is None

@@ -68,7 +68,14 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
     assert "of a prefill of 48 tokens: transition_score" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--rounds", "0"], ["--tokens", "15"], ["--out", "share.txt"]])
-def test_an_argument_that_cannot_be_used_is_refused(words: list[str]) -> None:
-    with pytest.raises(MMTokenError):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rounds", "0"], "rounds=0, tokens=2880; give at least 1 round and 16 tokens"),
+        (["--tokens", "15"], "rounds=7, tokens=15; give at least"),
+        (["--out", "share.txt"], "out='share.txt'"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(MMTokenError, match=message):
         main(words)

@@ -75,9 +75,9 @@ def test_an_empty_batch_gives_empty_outputs(operation: Operation, case: Case, im
 @pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_opcheck(operation: Operation, which: int) -> None:
-    """On the first and the last case: it takes seconds."""
-    case = operation.cases[which]
-    inputs = changed(made(case, 9, torch.float32), lambda x: x.to(DEVICE))
+    """On the first and the last case: it takes seconds. The last in another type than that of scores."""
+    case, dtype = operation.cases[which], torch.bfloat16 if which else torch.float32
+    inputs = changed(made(case, 9, dtype), lambda x: x.to(DEVICE))
     inputs = changed(inputs, lambda x: x.requires_grad_(), case.differentiable)
     operators = operation.operators(inputs)
     assert operators

@@ -64,13 +64,14 @@ def test_one_round_from_equal_weights_is_the_mean_of_each_column() -> None:
     torch.testing.assert_close(ranked(attention, 1), attention.mean(1))
 
 
-def test_rounds_stop_once_scores_stand_still_for_each_item_by_itself() -> None:
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_rounds_stop_once_scores_stand_still_for_each_item_by_itself(impl: Any) -> None:
     """The second item hardly moves in a round, so that it needs more of them than the first."""
     quick = random_attention(1, 6)
     slow = 0.8 * torch.eye(6) + 0.2 * random_attention(1, 6, seed=1)
     (a, b), (c, d) = graph(quick), graph(slow)
     seen = torch.ones(2, 6, dtype=torch.bool)
-    both = pagerank(torch.cat([a, c]), torch.cat([b, d]), seen, seen / 6, 50, tolerance=1e-3)
+    both = pagerank(torch.cat([a, c]), torch.cat([b, d]), seen, seen / 6, 50, tolerance=1e-3, impl=impl)
     rounds = []
     for item, attention in enumerate((quick, slow)):
         scores, change, number = torch.full((6,), 1 / 6), 1.0, 0
