@@ -287,6 +287,21 @@ def feature_tower(model: Any, module: Any) -> Tower:
     )
 
 
+def numbered_crops(last: list[bool]) -> list[tuple[int, bool]]:
+    """What `Backbone.prompt_crops` returns, where a picture's tiles follow each other.
+
+    Args:
+        last: per tile of a prompt, whether it is the last one of its picture, the thumbnail if that is cut.
+    """
+    found: list[tuple[int, bool]] = []
+    crop = 0
+    for end in last:
+        cut = not end or crop > 0
+        crop = 0 if end else crop + 1
+        found.append((crop, cut))
+    return found
+
+
 def patch_side(model: Any) -> int:
     """Rows, and columns, of patches that the tower makes of a square picture."""
     vision = model.config.vision_config

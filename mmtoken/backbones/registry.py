@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mmtoken.backbones.bare import BareDecoder, BareTower
 from mmtoken.backbones.base import Backbone
+from mmtoken.backbones.cohere import CohereVision
 from mmtoken.backbones.gemma import Gemma3, PaliGemma
 from mmtoken.backbones.idefics3 import Idefics3
 from mmtoken.backbones.internvl import InternVL
@@ -35,6 +36,7 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     QwenVL,
     Idefics3,
     InternVL,
+    CohereVision,
     OpenVLA,
     Gemma3,
     PaliGemma,
