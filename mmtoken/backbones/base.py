@@ -54,6 +54,8 @@ class Tower:
         entries: methods of `module` that run it from the pixels up to `last`, apart from forward.
         closed: methods of `module` that run its blocks and put out what lies between them.
         pools: whether the output is made of all patches that are left, without a mask.
+        opaque: whether its blocks run on a sequence that is neither of those under `packed`, so that nothing can act in
+            it or read from it.
     """
 
     module: nn.Module
@@ -84,6 +86,7 @@ class Tower:
     closed: tuple[str, ...] = ()
     pools: bool = False
     masks_attention: bool = False
+    opaque: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,9 @@ class Backbone(ABC):
         return self.tower()
 
     def towers(self) -> list[Tower]:
-        """Every vision tower once."""
-        found = {id(tower.module): tower for tower in (self.tower(), self.video_tower()) if tower is not None}
+        """Every vision tower once, but for opaque ones."""
+        towers = (self.tower(), self.video_tower())
+        found = {id(tower.module): tower for tower in towers if tower is not None and not tower.opaque}
         return list(found.values())
 
     def projector(self) -> nn.Module | None:

@@ -19,6 +19,7 @@ from mmtoken.backbones.llava import Llava
 from mmtoken.backbones.llava_next import LlavaNext, LlavaNextVideo
 from mmtoken.backbones.llava_onevision import LlavaOneVision
 from mmtoken.backbones.llava_video import LlavaVideo
+from mmtoken.backbones.mistral3 import Mistral3
 from mmtoken.backbones.open_clip import OpenClipViT
 from mmtoken.backbones.openvla import OpenVLA
 from mmtoken.backbones.qwen_vl import QwenVL
@@ -37,6 +38,7 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     Idefics3,
     InternVL,
     CohereVision,
+    Mistral3,
     OpenVLA,
     Gemma3,
     PaliGemma,

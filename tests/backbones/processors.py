@@ -98,11 +98,11 @@ def _fast(family: str) -> Tokenizer:
         fast = Tokenizer(_bpe(_byte_characters(), pre))
         fast.pre_tokenizer = pre
         fast.decoder = decoders.ByteLevel()
-        if family not in ("smolvlm", "idefics3"):
+        if family not in ("smolvlm", "idefics3", "mistral3"):
             fast.normalizer = normalizers.NFC()
         specials = SPECIALS[family]
     fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    if family in (*LLAMA, *COHERE, "idefics3"):
+    if family in (*LLAMA, *COHERE, "idefics3", "mistral3"):
         bos = role_tokens(family)["bos"]
         fast.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fast.token_to_id(bos))]
@@ -127,6 +127,7 @@ _TOKENIZER_CLASSES = {
     "internvl": "Qwen2Tokenizer",
     "aya_vision": "CohereTokenizer",
     "cohere2_vision": "CohereTokenizer",
+    "mistral3": "PreTrainedTokenizerFast",
     "openvla": "LlamaTokenizer",
 }
 
@@ -229,6 +230,10 @@ CHAT_TEMPLATES: dict[str, str] = {
     "idefics3": _template(
         _NAME, "<image>", "", "<end_of_utterance>\n", "<|begin_of_text|>", "Assistant:", media_first=False
     ),
+    "mistral3": _template(
+        "{% if message['role'] == 'user' %}[INST]{% endif %}", "[IMG]", "",
+        "{% if message['role'] == 'user' %}[/INST]{% else %}</s>{% endif %}", "<s>", "", media_first=False,
+    ),
     "smolvlm": _template(
         _NAME, "<image>", "<video>", "<end_of_utterance>\n", "<|im_start|>", "Assistant:", media_first=False
     ),
@@ -324,6 +329,9 @@ def _processor(family: str, tok: Any) -> Any:
         # Its `patch_size` is the side of a tile in tokens.
         images = tf.Cohere2VisionImageProcessor(size=size, max_patches=4, patch_size=4)
         return tf.Cohere2VisionProcessor(images, tok, chat_template=template)
+    if family == "mistral3":
+        images = tf.PixtralImageProcessor(size={"longest_edge": 112}, patch_size=14)
+        return tf.PixtralProcessor(images, tok, patch_size=14, spatial_merge_size=2, chat_template=template)
     side, tokens = (56, 16) if family == "idefics3" else (48, 9)
     sizes = {"size": {"longest_edge": 2 * side}, "max_image_size": {"longest_edge": side}}
     if family == "idefics3":

@@ -39,6 +39,7 @@ PROCESSORS = {
     "internvl": "InternVLProcessor",
     "aya_vision": "AyaVisionProcessor",
     "cohere2_vision": "Cohere2VisionProcessor",
+    "mistral3": "PixtralProcessor",
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
 }
@@ -171,6 +172,7 @@ EXPECTED = {
     r"<fake_token_around_image><global-img>(<image>){9}<fake_token_around_image>What is shown\?<end_of_utterance>\n"
     r"Assistant:",
 }
+EXPECTED["mistral3"] = r"<s>\[INST\]((\[IMG\]){4}\[IMG_BREAK\]){2}(\[IMG\]){4}\[IMG_END\]What is shown\?\[/INST\]"
 _COHERE = r"<BOS_TOKEN><\|START_OF_TURN_TOKEN\|><\|USER_TOKEN\|><\|START_OF_IMG\|>TILES<\|END_OF_IMG\|>What is shown\?"
 _COHERE += r"<\|END_OF_TURN_TOKEN\|><\|START_OF_TURN_TOKEN\|><\|CHATBOT_TOKEN\|>"
 _TILE = r"(<\|IMG_PATCH\|>){16}"

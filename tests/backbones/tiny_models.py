@@ -74,6 +74,11 @@ SPECIALS: dict[str, list[str]] = {
     "internvl": [*_QWEN_VL, "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
     "aya_vision": _COHERE,
     "cohere2_vision": _COHERE,
+    "mistral3": [
+        "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+        "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
+        "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
+    ],
     # Its tokenizer ends with the padding token; the placeholder is the next row of the table.
     "openvla": ["<PAD>", "<image>"],
     "gemma3": [
@@ -100,6 +105,7 @@ _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
     "internvl": (None, "<|im_end|>", "<|endoftext|>", "<IMG_CONTEXT>", None),
     "aya_vision": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", "<PAD>", "<|IMG_PATCH|>", None),
     "cohere2_vision": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", "<PAD>", "<|IMG_PATCH|>", None),
+    "mistral3": ("<s>", "</s>", "<pad>", "[IMG]", None),
     "openvla": ("<s>", "</s>", "<PAD>", "<image>", None),
     "gemma3": ("<bos>", "<end_of_turn>", "<pad>", "<image_soft_token>", None),
     "paligemma": ("<bos>", "<eos>", "<pad>", "<image>", None),
@@ -169,7 +175,13 @@ QWEN = (
     "qwen3_vl",
     "qwen3_vl_moe",
 )
-"""Families with a packed tower, whose number of visual tokens follows the size of the picture."""
+"""Families with a packed tower."""
+
+DYNAMIC = (*QWEN, "mistral3")
+"""Families whose number of visual tokens follows the size of the picture."""
+
+OPAQUE = ("mistral3",)
+"""Families in whose tower nothing can act or be read."""
 
 CELLS: list[tuple[str, str]] = [
     ("llava", "image"),
@@ -195,6 +207,7 @@ CELLS: list[tuple[str, str]] = [
     ("internvl", "image"),
     ("aya_vision", "image"),
     ("cohere2_vision", "image"),
+    ("mistral3", "image"),
     ("openvla", "image"),
     ("gemma3", "image"),
     ("paligemma", "image"),
@@ -355,6 +368,13 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
         return tf.Cohere2VisionConfig(
             vision_config=_siglip(3, 56, 7, head=True), image_token_id=role["image"], **shared
         )
+    if name == "mistral3":
+        return tf.Mistral3Config(
+            vision_config=tf.PixtralVisionConfig(**_tower(3, image_size=112, patch_size=14)),
+            text_config=tf.MistralConfig(**text, head_dim=16, sliding_window=None),
+            image_token_index=role["image"],
+            tie_word_embeddings=False,
+        )
     if name == "openvla":
         return openvla.OpenVLAConfig(**OPENVLA, text_config={**text, "model_type": "llama"})
     if name in ("idefics3", "smolvlm"):
@@ -468,6 +488,7 @@ _MODELS: dict[str, type[tf.PreTrainedModel]] = {
     "internvl": tf.InternVLForConditionalGeneration,
     "aya_vision": tf.AyaVisionForConditionalGeneration,
     "cohere2_vision": tf.Cohere2VisionForConditionalGeneration,
+    "mistral3": tf.Mistral3ForConditionalGeneration,
     "openvla": openvla.OpenVLAForActionPrediction,
     "gemma3": tf.Gemma3ForConditionalGeneration,
     "paligemma": tf.PaliGemmaForConditionalGeneration,
@@ -567,6 +588,8 @@ def inputs(
         visual, pixels = _idefics(model, item_kinds, case, g)
     elif family in TILES:
         visual, pixels = _tiles(item_kinds, g)
+    elif family == "mistral3":
+        visual, pixels = _mistral(item_kinds, g)
     else:
         visual, pixels = _qwen(model, item_kinds, modality, g)
     rows: list[list[int]] = []
@@ -634,6 +657,10 @@ def _placeholder(family: str, modality: str, item: list[int], ids: dict[str, int
             parts = [[ids["TILE"], ord("_"), ord("1") + n, *tile] for n in range(item[0] - 1)]
             tiles = [*itertools.chain.from_iterable(parts), ids["TILE_GLOBAL"], *tile]
         return [ids["<|START_OF_IMG|>"], *tiles, ids["<|END_OF_IMG|>"]]
+    if family == "mistral3":
+        lines, length = item
+        row = [*[ids["[IMG]"]] * length, ids["[IMG_BREAK]"]]
+        return [*(row * lines)[:-1], ids["[IMG_END]"]]
     start, end = ids["<|vision_start|>"], ids["<|vision_end|>"]
     pad = ids["<|image_pad|>" if modality == "image" else "<|video_pad|>"]
     frames, per_frame = item
@@ -707,6 +734,18 @@ def _idefics(
 def _tiles(rows: list[list[int]], g: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     tiles = [[1, 3, 5][kind] for row in rows for kind in row]  # a picture, or its tiles and a thumbnail
     return [[n] for n in tiles], {"pixel_values": torch.randn(sum(tiles), 3, 56, 56, generator=g)}
+
+
+_MISTRAL_SIZES = [(84, 56), (84, 112), (112, 112)]
+"""(height, width) of images; 28 x 28 pixels become a token."""
+
+
+def _mistral(rows: list[list[int]], g: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    sizes = [_MISTRAL_SIZES[kind] for row in rows for kind in row]
+    pixels = torch.zeros(len(sizes), 3, *(max(side) for side in zip(*sizes, strict=True)))
+    for picture, (height, width) in zip(pixels, sizes, strict=True):
+        picture[:, :height, :width] = torch.randn(3, height, width, generator=g)
+    return [[h // 28, w // 28] for h, w in sizes], {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
 def _qwen(

@@ -365,6 +365,8 @@ def _items(cell: tuple[str, str], inputs: oracle.Inputs, visual: Tensor, row: in
         if cell[0] in NEXT:
             tokens = {size: number for size, _, number in NEXT_SIZES}
             sizes = iter([tokens[height, width] for height, width in inputs["image_sizes"].tolist()])
+        elif cell[0] == "mistral3":
+            sizes = iter((inputs["image_sizes"] // 28).prod(-1).tolist())
         else:
             sizes = iter((inputs[f"{cell[1]}_grid_thw"].prod(-1) // 4).tolist())
         per_row = []
