@@ -40,7 +40,7 @@ def test_of_a_region_the_marks_stay_behind_shorter_rows() -> None:
     short = compress_inputs(model, RegionMask(boxes=((0.0, 0.0, 0.5, 1.0),)), batch)
     for ids, lines, columns in zip(short["input_ids"], (3, 4), (1, 2), strict=True):
         line = [IMAGE] * columns + [BREAK]
-        want = (line * lines)[:-1] + [END]
+        want = [*(line * lines)[:-1], END]
         start = ids.tolist().index(IMAGE)
         assert ids[start : start + len(want)].tolist() == want
         assert int((ids == IMAGE).sum()) == lines * columns
