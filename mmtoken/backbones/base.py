@@ -54,6 +54,8 @@ class Tower:
         entries: methods of `module` that run it from the pixels up to `last`, apart from forward.
         closed: methods of `module` that run its blocks and put out what lies between them.
         pools: whether the output is made of all patches that are left, without a mask.
+        opaque: whether its blocks run on a sequence that is neither of those under `packed`, so that nothing can act in
+            it or read from it.
     """
 
     module: nn.Module
@@ -84,6 +86,7 @@ class Tower:
     closed: tuple[str, ...] = ()
     pools: bool = False
     masks_attention: bool = False
+    opaque: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,9 @@ class Backbone(ABC):
         return self.tower()
 
     def towers(self) -> list[Tower]:
-        """Every vision tower once."""
-        found = {id(tower.module): tower for tower in (self.tower(), self.video_tower()) if tower is not None}
+        """Every vision tower once, but for opaque ones."""
+        towers = (self.tower(), self.video_tower())
+        found = {id(tower.module): tower for tower in towers if tower is not None and not tower.opaque}
         return list(found.values())
 
     def projector(self) -> nn.Module | None:
@@ -285,6 +289,21 @@ def feature_tower(model: Any, module: Any) -> Tower:
         unit=1,
         heads=vision.num_attention_heads,
     )
+
+
+def numbered_crops(last: list[bool]) -> list[tuple[int, bool]]:
+    """What `Backbone.prompt_crops` returns, where a picture's tiles follow each other.
+
+    Args:
+        last: per tile of a prompt, whether it is the last one of its picture, the thumbnail if that is cut.
+    """
+    found: list[tuple[int, bool]] = []
+    crop = 0
+    for end in last:
+        cut = not end or crop > 0
+        crop = 0 if end else crop + 1
+        found.append((crop, cut))
+    return found
 
 
 def patch_side(model: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mmtoken.backbones.base import Backbone, Layout, Modality, Tower, prefix_flags, unit_mean
+from mmtoken.backbones.base import Backbone, Layout, Modality, Tower, numbered_crops, prefix_flags, unit_mean
 
 
 class Idefics3(Backbone):
@@ -53,16 +53,7 @@ class Idefics3(Backbone):
         whole = marks[-1]
         if whole in (-1, self.placeholder_ids("image")):  # a prompt without marks
             return [(0, False)] * len(places)
-        found: list[tuple[int, bool]] = []
-        crop = 0
-        for mark in marks:
-            if mark == whole:
-                found.append((0, crop > 0))
-                crop = 0
-            else:
-                crop += 1
-                found.append((crop, True))
-        return found
+        return numbered_crops([mark == whole for mark in marks])
 
     def to_prompt(self, modality: Modality, call: Mapping[str, Any], values: Tensor) -> Tensor:
         return unit_mean(values, *self._grid(call), self.model.config.scale_factor).flatten(0, 1)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mmtoken.backbones.base import Backbone, Layout, Modality, Tower, hidden_state_block, prefix_flags, unit_mean
+from mmtoken.backbones.base import (
+    Backbone,
+    Layout,
+    Modality,
+    Tower,
+    hidden_state_block,
+    numbered_crops,
+    prefix_flags,
+    unit_mean,
+)
 
 
 class InternVL(Backbone):
@@ -51,13 +61,8 @@ class InternVL(Backbone):
     def prompt_crops(self, ids: Tensor, places: list[Tensor]) -> list[tuple[int, bool]] | None:
         # The tiles of a picture follow each other without a token between them, the thumbnail last; pictures and frames
         # have marks around them.
-        found: list[tuple[int, bool]] = []
-        crop = 0
-        for number, place in enumerate(places):
-            last = number + 1 == len(places) or int(places[number + 1][0]) > int(place[-1]) + 1
-            crop = 0 if last else crop + 1
-            found.append((crop, not last or (number > 0 and found[-1][0] > 0)))
-        return found
+        follows = [int(after[0]) == int(place[-1]) + 1 for place, after in itertools.pairwise(places)]
+        return numbered_crops([*(not same for same in follows), True])
 
     def to_prompt(self, modality: Modality, call: Mapping[str, Any], values: Tensor) -> Tensor:
         return unit_mean(values, *self.patch_grid(call["pixel_values"]), self._unit()).flatten(0, 1)

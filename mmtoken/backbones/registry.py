@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mmtoken.backbones.bare import BareDecoder, BareTower
 from mmtoken.backbones.base import Backbone
+from mmtoken.backbones.cohere import CohereVision
 from mmtoken.backbones.gemma import Gemma3, PaliGemma
 from mmtoken.backbones.idefics3 import Idefics3
 from mmtoken.backbones.internvl import InternVL
@@ -18,6 +19,7 @@ from mmtoken.backbones.llava import Llava
 from mmtoken.backbones.llava_next import LlavaNext, LlavaNextVideo
 from mmtoken.backbones.llava_onevision import LlavaOneVision
 from mmtoken.backbones.llava_video import LlavaVideo
+from mmtoken.backbones.mistral3 import Mistral3
 from mmtoken.backbones.open_clip import OpenClipViT
 from mmtoken.backbones.openvla import OpenVLA
 from mmtoken.backbones.qwen_vl import QwenVL
@@ -35,6 +37,8 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     QwenVL,
     Idefics3,
     InternVL,
+    CohereVision,
+    Mistral3,
     OpenVLA,
     Gemma3,
     PaliGemma,

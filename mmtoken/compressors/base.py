@@ -153,7 +153,7 @@ class CacheEntry:
             text, separators and padding.
         length: int[B], position id that the next token of each row will have.
         scaling: factor on the dot products of the attention.
-        rotary: (cosine, sine) float[B, p, d] of positions int[B, p].
+        rotary: (cosine, sine) float[B, p, d] of positions int[B, p]; 1 and 0 where the layer does not rotate.
     """
 
     keys: Tensor

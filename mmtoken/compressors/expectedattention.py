@@ -99,13 +99,18 @@ def query_statistics(queries: Tensor, covariance: bool = True) -> tuple[Tensor, 
 
 
 def average_rotation(cosine: Tensor, sine: Tensor) -> Tensor:
-    """float32[d, d]: the mean over positions of the matrix that rotates a query, from the tables float[p, d] each."""
+    """float32[d, d]: the mean over positions of the matrix that rotates a query, from the tables float[p, d] each.
+
+    Features are rotated in pairs: neighbours where the tables hold each angle twice in a row (Cohere), features half a
+    head apart otherwise.
+    """
     width = cosine.shape[-1]
-    half = width // 2
+    order = torch.arange(width, device=cosine.device)
+    neighbours = torch.equal(sine[:, ::2], sine[:, 1::2]) and torch.equal(cosine[:, ::2], cosine[:, 1::2])
+    first, second = (order[::2], order[1::2]) if neighbours else order.tensor_split(2)
     swap = torch.zeros(width, width, device=cosine.device)
-    ones = torch.eye(half, device=cosine.device)
-    swap[half:, :half] = ones
-    swap[:half, half:] = -ones
+    swap[second, first] = 1.0
+    swap[first, second] = -1.0
     return torch.diag(cosine.float().mean(0)) + sine.float().mean(0)[:, None] * swap
 
 

@@ -181,6 +181,9 @@ class Eviction:
         query, unrotated = self.seen.query, self.seen.unrotated
         assert query is not None and unrotated is not None
         rows = len(query)
+        unrotated = per_head(unrotated, query)
+        # Some decoders rotate in layers with a sliding window only (Cohere 2).
+        rotates = not torch.equal(unrotated, query)
         seen = columns >= 0
         mask = call.masks[number]
         if mask is not None:
@@ -197,12 +200,12 @@ class Eviction:
             keys=keys.detach(),
             values=values.detach(),
             queries=query,
-            unrotated=per_head(unrotated, query),
+            unrotated=unrotated,
             valid=seen,
             item=at_columns(item),
             length=_next_position(call, stored),
             scaling=self.seen.scaling,
-            rotary=functools.partial(_rotary, self.decoder, call, self.kinds[number]),
+            rotary=functools.partial(_rotary, self.decoder, call, self.kinds[number], rotates),
         )
         return entry, at_columns(index)
 
@@ -286,9 +289,11 @@ def _next_position(call: Prefill, stored: LogicalLayer) -> Tensor:
     return length if stored.shift is None else length - stored.shift
 
 
-def _rotary(decoder: Any, call: Prefill, kind: str, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _rotary(decoder: Any, call: Prefill, kind: str, rotates: bool, positions: Tensor) -> tuple[Tensor, Tensor]:
     axes = positions.expand(3, *positions.shape) if call.position_ids.ndim == 3 else positions
     cosine, sine = rotary_tables(decoder, call.embeds, axes, kind)
+    if not rotates:
+        cosine, sine = torch.ones_like(cosine), torch.zeros_like(sine)
     # Text has the same position on every axis.
     return (cosine[0], sine[0]) if cosine.ndim == 4 else (cosine, sine)
 

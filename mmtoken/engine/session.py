@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from mmtoken.backbones.base import Backbone
+from mmtoken.backbones.base import Backbone, Tower
 from mmtoken.backbones.registry import adapt, unwrapped
 from mmtoken.compressors.base import STREAM_SITES, Compressor, Context
 from mmtoken.compressors.registry import resolve
@@ -39,6 +39,7 @@ from mmtoken.tokens import VisualTokens
 
 _ATTACHED = "_mmtoken_session"
 _ATTENTIONS = ("sdpa", "eager", "flex_attention")
+_OF_TOWER = {"tower_attention", "tower_keys", "tower_states"}
 _CAPPED = {"text_attention", "next_attention", "history"}
 
 MAX_REPORTS = 1000
@@ -134,9 +135,14 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             or {"tower_attention", "tower_keys", "tower_states", "pixels"} & method.needs
         ):
             raise UnsupportedError(f"{name} acts in or reads from a vision tower, and a {backbone.name} has none.")
+    tower = backbone.tower()
+    if tower is not None and tower.opaque and _in_tower(method, tower):
+        raise UnsupportedError(
+            f"{name} acts in a vision tower or reads from it, and that of {backbone.name} holds all images in one "
+            "masked sequence, which cannot be followed; use a method that reads projected tokens, such as DivPrune."
+        )
     if "refresh" in method.sites:
         _check_reuse(backbone, method)
-    tower = backbone.tower()
     if "vision_layer" in method.sites and method.tower_cut == "mlp" and tower is not None and not tower.sequential:
         raise UnsupportedError(
             f"{name} acts between attention and MLP of a block, and those of this {backbone.name} run side by side, or "
@@ -183,6 +189,12 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
             )
         for number, layer in enumerate(decoder.layers):
             query_module(layer.self_attn, number)
+
+
+def _in_tower(method: Compressor, tower: Tower) -> bool:
+    """Whether a method acts between the blocks of a tower, or reads what they compute."""
+    read = method.needs & _OF_TOWER or method.tower_layers(tower.feature_block + 1, len(tower.blocks))
+    return bool(read or method.sites & {"refresh", "vision_layer"})
 
 
 def _check_attention(method: Compressor, implementation: str) -> None:

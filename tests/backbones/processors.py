@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from mmtoken.models.llava_video import LlavaVideoProcessor
 from tests.backbones.tiny_models import (
+    COHERE,
     LLAMA,
     NEXT,
     NEXT_PINPOINTS,
@@ -87,7 +88,7 @@ def _fast(family: str) -> Tokenizer:
         specials = ["<unk>", "<s>", "</s>", *SPECIALS[family][: 1 if family == "openvla" else None]]
     else:
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        if family == "smolvlm":  # GPT-2 with single digits
+        if family in ("smolvlm", *COHERE):  # GPT-2 with single digits
             pre = pre_tokenizers.Sequence(
                 [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             )
@@ -97,11 +98,11 @@ def _fast(family: str) -> Tokenizer:
         fast = Tokenizer(_bpe(_byte_characters(), pre))
         fast.pre_tokenizer = pre
         fast.decoder = decoders.ByteLevel()
-        if family not in ("smolvlm", "idefics3"):
+        if family not in ("smolvlm", "idefics3", "mistral3"):
             fast.normalizer = normalizers.NFC()
         specials = SPECIALS[family]
     fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    if family in (*LLAMA, "idefics3"):
+    if family in (*LLAMA, *COHERE, "idefics3", "mistral3"):
         bos = role_tokens(family)["bos"]
         fast.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fast.token_to_id(bos))]
@@ -124,6 +125,9 @@ _TOKENIZER_CLASSES = {
     "idefics3": "PreTrainedTokenizerFast",
     "smolvlm": "GPT2Tokenizer",
     "internvl": "Qwen2Tokenizer",
+    "aya_vision": "CohereTokenizer",
+    "cohere2_vision": "CohereTokenizer",
+    "mistral3": "PreTrainedTokenizerFast",
     "openvla": "LlamaTokenizer",
 }
 
@@ -137,7 +141,15 @@ _NAMED = {
             "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         }
-    }
+    },
+    "cohere2_vision": {
+        "extra_special_tokens": {
+            "boi_token": "<|START_OF_IMG|>",
+            "eoi_token": "<|END_OF_IMG|>",
+            "image_token": "<|IMG_PATCH|>",
+            "img_line_break_token": "<|IMG_LINE_BREAK|>",
+        }
+    },
 }
 
 
@@ -192,6 +204,7 @@ _SYSTEM = (
 )
 _ROLE = "{{ message['role'] }}"
 _NAME = "{{ message['role'] | capitalize }}:{% if message['content'][0]['type'] != 'image' %} {% endif %}"
+_SPEAKER = "{{ {'user': 'USER', 'assistant': 'CHATBOT', 'system': 'SYSTEM'}[message['role']] }}"
 _VISION = "<|vision_start|><|{}_pad|><|vision_end|>"
 
 CHAT_TEMPLATES: dict[str, str] = {
@@ -217,10 +230,19 @@ CHAT_TEMPLATES: dict[str, str] = {
     "idefics3": _template(
         _NAME, "<image>", "", "<end_of_utterance>\n", "<|begin_of_text|>", "Assistant:", media_first=False
     ),
+    "mistral3": _template(
+        "{% if message['role'] == 'user' %}[INST]{% endif %}", "[IMG]", "",
+        "{% if message['role'] == 'user' %}[/INST]{% else %}</s>{% endif %}", "<s>", "", media_first=False,
+    ),
     "smolvlm": _template(
         _NAME, "<image>", "<video>", "<end_of_utterance>\n", "<|im_start|>", "Assistant:", media_first=False
     ),
 }  # fmt: skip
+for _family, _image in (("aya_vision", "<image>"), ("cohere2_vision", "<|IMG_PATCH|>")):
+    CHAT_TEMPLATES[_family] = _template(
+        f"<|START_OF_TURN_TOKEN|><|{_SPEAKER}_TOKEN|>", _image, "", "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>",
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", media_first=False,
+    )  # fmt: skip
 CHAT_TEMPLATES["llava_next"] = CHAT_TEMPLATES["llava"]
 CHAT_TEMPLATES["llava_next_video"] = CHAT_TEMPLATES["llava"]
 CHAT_TEMPLATES["video_llava"] = CHAT_TEMPLATES["llava"]
@@ -299,6 +321,17 @@ def _processor(family: str, tok: Any) -> Any:
             image_seq_length=16,
             chat_template=template,
         )
+    if family in COHERE:
+        size = {"height": 56, "width": 56}
+        if family == "aya_vision":
+            images = tf.GotOcr2ImageProcessor(size=size, max_patches=4, crop_to_patches=True)
+            return tf.AyaVisionProcessor(images, tok, patch_size=14, img_size=56, chat_template=template)
+        # Its `patch_size` is the side of a tile in tokens.
+        images = tf.Cohere2VisionImageProcessor(size=size, max_patches=4, patch_size=4)
+        return tf.Cohere2VisionProcessor(images, tok, chat_template=template)
+    if family == "mistral3":
+        images = tf.PixtralImageProcessor(size={"longest_edge": 112}, patch_size=14)
+        return tf.PixtralProcessor(images, tok, patch_size=14, spatial_merge_size=2, chat_template=template)
     side, tokens = (56, 16) if family == "idefics3" else (48, 9)
     sizes = {"size": {"longest_edge": 2 * side}, "max_image_size": {"longest_edge": side}}
     if family == "idefics3":

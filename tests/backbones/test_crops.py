@@ -15,7 +15,7 @@ from mmtoken.backbones.anyres import best_resolution
 from mmtoken.backbones.registry import adapt
 from mmtoken.compressors import Context, Random
 from mmtoken.engine.inputs import compress_inputs
-from tests.backbones.tiny_models import NEXT, build, inputs, special_ids
+from tests.backbones.tiny_models import COHERE, NEXT, TILES, build, inputs, special_ids
 
 SEEN: list[tuple[list[list[int]], list[bool] | None]] = []
 
@@ -182,10 +182,24 @@ def test_idefics_prompts_without_marks_or_ids_hold_pictures_that_are_not_cut():
         ("text_row", [(1, True), (2, True), (0, True)]),
     ],
 )
-def test_internvl_tells_crops_by_what_follows_without_a_token_between(case, items):
-    model = build("internvl")
-    found, cropped = seen(model, inputs(model, "internvl", "image", case))
+@pytest.mark.parametrize("family", TILES)
+def test_tiles_are_told_apart_by_what_follows_them(family, case, items):
+    model = build(family)
+    found, cropped = seen(model, inputs(model, family, "image", case))
     assert found == [[number] * 16 for number, _ in items] and cropped == [cut for _, cut in items]
+
+
+@pytest.mark.parametrize("family", COHERE)
+def test_a_picture_that_follows_another_is_no_tile_of_it(family):
+    """Marks of end and beginning may stand side by side."""
+    ids = special_ids(family)
+    backbone, image, end = adapt(build(family)), ids["<|IMG_PATCH|>"], ids["<|END_OF_IMG|>"]
+    line = [ids["<|IMG_LINE_BREAK|>"]] if family == "cohere2_vision" else []
+    one = [ids["<|START_OF_IMG|>"], image, image, *line, end]
+    prompt = torch.tensor([*one, *one, 7])
+    places = [torch.tensor([1, 2]), torch.tensor([1, 2]) + len(one)]
+    assert backbone.prompt_crops(prompt, places) == [(0, False)] * 2
+    assert backbone.prompt_crops(torch.full((4,), image), [torch.arange(2), torch.arange(2, 4)]) == [(0, False)] * 2
 
 
 def test_other_families_have_no_crops():

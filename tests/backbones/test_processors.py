@@ -37,6 +37,9 @@ PROCESSORS = {
     "qwen3_vl": "Qwen3VLProcessor",
     "qwen3_vl_moe": "Qwen3VLProcessor",
     "internvl": "InternVLProcessor",
+    "aya_vision": "AyaVisionProcessor",
+    "cohere2_vision": "Cohere2VisionProcessor",
+    "mistral3": "PixtralProcessor",
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
 }
@@ -169,6 +172,12 @@ EXPECTED = {
     r"<fake_token_around_image><global-img>(<image>){9}<fake_token_around_image>What is shown\?<end_of_utterance>\n"
     r"Assistant:",
 }
+EXPECTED["mistral3"] = r"<s>\[INST\]((\[IMG\]){4}\[IMG_BREAK\]){2}(\[IMG\]){4}\[IMG_END\]What is shown\?\[/INST\]"
+_COHERE = r"<BOS_TOKEN><\|START_OF_TURN_TOKEN\|><\|USER_TOKEN\|><\|START_OF_IMG\|>TILES<\|END_OF_IMG\|>What is shown\?"
+_COHERE += r"<\|END_OF_TURN_TOKEN\|><\|START_OF_TURN_TOKEN\|><\|CHATBOT_TOKEN\|>"
+_TILE = r"(<\|IMG_PATCH\|>){16}"
+EXPECTED["aya_vision"] = _COHERE.replace("TILES", f"TILE_1{_TILE}TILE_2{_TILE}(TILE_.{_TILE})*TILE_GLOBAL{_TILE}")
+EXPECTED["cohere2_vision"] = _COHERE.replace("TILES", rf"({_TILE}<\|IMG_LINE_BREAK\|>){{3,5}}")
 EXPECTED["qwen3_vl_moe"] = EXPECTED["qwen3_vl"]
 EXPECTED["qwen2_vl"] = EXPECTED["qwen2_5_vl"]
 

@@ -44,6 +44,11 @@ _QWEN_VL = [
     "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 _ROW_COL = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
+_COHERE = [
+    "<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<EOS_TOKEN>", "<|START_OF_TURN_TOKEN|>",
+    "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_OF_IMG|>",
+    "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "<|IMG_PATCH|>", "TILE", "TILE_GLOBAL",
+]  # fmt: skip
 
 # Special tokens of each family's tokenizer, in upstream order; their ids start at TEXT_TOKENS. The Llama tokenizer of
 # LLaVA and OpenVLA keeps <unk>, <s>, </s> at 0, 1, 2.
@@ -67,6 +72,13 @@ SPECIALS: dict[str, list[str]] = {
         "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *_ROW_COL,
     ],
     "internvl": [*_QWEN_VL, "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
+    "aya_vision": _COHERE,
+    "cohere2_vision": _COHERE,
+    "mistral3": [
+        "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+        "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
+        "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
+    ],
     # Its tokenizer ends with the padding token; the placeholder is the next row of the table.
     "openvla": ["<PAD>", "<image>"],
     "gemma3": [
@@ -91,6 +103,9 @@ _ROLES: dict[str, tuple[str | None, str, str, str, str | None]] = {
     "idefics3": ("<|begin_of_text|>", "<end_of_utterance>", "<|finetune_right_pad_id|>", "<image>", None),
     "smolvlm": ("<|im_start|>", "<end_of_utterance>", "<|im_end|>", "<image>", None),
     "internvl": (None, "<|im_end|>", "<|endoftext|>", "<IMG_CONTEXT>", None),
+    "aya_vision": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", "<PAD>", "<|IMG_PATCH|>", None),
+    "cohere2_vision": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", "<PAD>", "<|IMG_PATCH|>", None),
+    "mistral3": ("<s>", "</s>", "<pad>", "[IMG]", None),
     "openvla": ("<s>", "</s>", "<PAD>", "<image>", None),
     "gemma3": ("<bos>", "<end_of_turn>", "<pad>", "<image_soft_token>", None),
     "paligemma": ("<bos>", "<eos>", "<pad>", "<image>", None),
@@ -117,6 +132,12 @@ TOKENWISE = (
 
 GEMMA = ("gemma3", "paligemma")
 """Families with one size of image, 16 tokens each, whose decoder is told the type of every token."""
+
+COHERE = ("aya_vision", "cohere2_vision")
+"""Families whose decoder rotates neighbouring features, in layers with a sliding window only."""
+
+TILES = ("internvl", *COHERE)
+"""Families whose pictures come as tiles of 16 tokens each, which the model cannot tell from pictures."""
 
 ONEVISION = ("llava_onevision", "llava_video")
 """Families that differ in the layout of videos alone."""
@@ -154,7 +175,13 @@ QWEN = (
     "qwen3_vl",
     "qwen3_vl_moe",
 )
-"""Families with a packed tower, whose number of visual tokens follows the size of the picture."""
+"""Families with a packed tower."""
+
+DYNAMIC = (*QWEN, "mistral3")
+"""Families whose number of visual tokens follows the size of the picture."""
+
+OPAQUE = ("mistral3",)
+"""Families in whose tower nothing can act or be read."""
 
 CELLS: list[tuple[str, str]] = [
     ("llava", "image"),
@@ -178,6 +205,9 @@ CELLS: list[tuple[str, str]] = [
     ("smolvlm", "image"),
     ("idefics3", "image"),
     ("internvl", "image"),
+    ("aya_vision", "image"),
+    ("cohere2_vision", "image"),
+    ("mistral3", "image"),
     ("openvla", "image"),
     ("gemma3", "image"),
     ("paligemma", "image"),
@@ -237,8 +267,8 @@ def _clip(blocks: int) -> tf.CLIPVisionConfig:
     return tf.CLIPVisionConfig(**_tower(blocks, image_size=56, patch_size=14, projection_dim=32))
 
 
-def _siglip(blocks: int, size: int) -> tf.SiglipVisionConfig:
-    return tf.SiglipVisionConfig(**_tower(blocks, image_size=size, patch_size=14, vision_use_head=False))
+def _siglip(blocks: int, size: int, patch: int = 14, head: bool = False) -> tf.SiglipVisionConfig:
+    return tf.SiglipVisionConfig(**_tower(blocks, image_size=size, patch_size=patch, vision_use_head=head))
 
 
 def _windows(text: dict[str, object]) -> dict[str, object]:
@@ -328,6 +358,21 @@ def config(name: str, *, layers: int = 4) -> tf.PreTrainedConfig:
             text_config=tf.Qwen2Config(**text),
             image_token_id=role["image"],
             image_seq_length=16,
+            tie_word_embeddings=False,
+        )
+    if name in COHERE:
+        text = tf.Cohere2Config(**_windows(text), logit_scale=1.0)
+        shared = {"text_config": text, "alignment_intermediate_size": 96, "tie_word_embeddings": False}
+        if name == "aya_vision":
+            return tf.AyaVisionConfig(vision_config=_siglip(3, 56, 7), image_token_index=role["image"], **shared)
+        return tf.Cohere2VisionConfig(
+            vision_config=_siglip(3, 56, 7, head=True), image_token_id=role["image"], **shared
+        )
+    if name == "mistral3":
+        return tf.Mistral3Config(
+            vision_config=tf.PixtralVisionConfig(**_tower(3, image_size=112, patch_size=14)),
+            text_config=tf.MistralConfig(**text, head_dim=16, sliding_window=None),
+            image_token_index=role["image"],
             tie_word_embeddings=False,
         )
     if name == "openvla":
@@ -441,6 +486,9 @@ _MODELS: dict[str, type[tf.PreTrainedModel]] = {
     "idefics3": tf.Idefics3ForConditionalGeneration,
     "smolvlm": tf.SmolVLMForConditionalGeneration,
     "internvl": tf.InternVLForConditionalGeneration,
+    "aya_vision": tf.AyaVisionForConditionalGeneration,
+    "cohere2_vision": tf.Cohere2VisionForConditionalGeneration,
+    "mistral3": tf.Mistral3ForConditionalGeneration,
     "openvla": openvla.OpenVLAForActionPrediction,
     "gemma3": tf.Gemma3ForConditionalGeneration,
     "paligemma": tf.PaliGemmaForConditionalGeneration,
@@ -538,8 +586,10 @@ def inputs(
         visual, pixels = _onevision(item_kinds, g)
     elif family in ("idefics3", "smolvlm"):
         visual, pixels = _idefics(model, item_kinds, case, g)
-    elif family == "internvl":
-        visual, pixels = _internvl(item_kinds, g)
+    elif family in TILES:
+        visual, pixels = _tiles(item_kinds, g)
+    elif family == "mistral3":
+        visual, pixels = _mistral(item_kinds, g)
     else:
         visual, pixels = _qwen(model, item_kinds, modality, g)
     rows: list[list[int]] = []
@@ -598,7 +648,19 @@ def _placeholder(family: str, modality: str, item: list[int], ids: dict[str, int
             out.append(newline)
         return [*out, fake, ids["<global-img>"], *[image] * per_tile, fake]
     if family == "internvl":
-        return [ids["<img>"], *[ids["<IMG_CONTEXT>"]] * item[0], ids["</img>"]]
+        return [ids["<img>"], *[ids["<IMG_CONTEXT>"]] * 16 * item[0], ids["</img>"]]
+    if family in COHERE:
+        tile = [ids["<|IMG_PATCH|>"]] * 16
+        if family == "cohere2_vision":
+            tiles = [*tile, ids["<|IMG_LINE_BREAK|>"]] * item[0]
+        else:  # "_1", "_2", ...
+            parts = [[ids["TILE"], ord("_"), ord("1") + n, *tile] for n in range(item[0] - 1)]
+            tiles = [*itertools.chain.from_iterable(parts), ids["TILE_GLOBAL"], *tile]
+        return [ids["<|START_OF_IMG|>"], *tiles, ids["<|END_OF_IMG|>"]]
+    if family == "mistral3":
+        lines, length = item
+        row = [*[ids["[IMG]"]] * length, ids["[IMG_BREAK]"]]
+        return [*(row * lines)[:-1], ids["[IMG_END]"]]
     start, end = ids["<|vision_start|>"], ids["<|vision_end|>"]
     pad = ids["<|image_pad|>" if modality == "image" else "<|video_pad|>"]
     frames, per_frame = item
@@ -669,9 +731,21 @@ def _idefics(
     return items, {"pixel_values": pixels, "pixel_attention_mask": mask}
 
 
-def _internvl(rows: list[list[int]], g: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+def _tiles(rows: list[list[int]], g: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     tiles = [[1, 3, 5][kind] for row in rows for kind in row]  # a picture, or its tiles and a thumbnail
-    return [[16 * n] for n in tiles], {"pixel_values": torch.randn(sum(tiles), 3, 56, 56, generator=g)}
+    return [[n] for n in tiles], {"pixel_values": torch.randn(sum(tiles), 3, 56, 56, generator=g)}
+
+
+_MISTRAL_SIZES = [(84, 56), (84, 112), (112, 112)]
+"""(height, width) of images; 28 x 28 pixels become a token."""
+
+
+def _mistral(rows: list[list[int]], g: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    sizes = [_MISTRAL_SIZES[kind] for row in rows for kind in row]
+    pixels = torch.zeros(len(sizes), 3, *(max(side) for side in zip(*sizes, strict=True)))
+    for picture, (height, width) in zip(pixels, sizes, strict=True):
+        picture[:, :height, :width] = torch.randn(3, height, width, generator=g)
+    return [[h // 28, w // 28] for h, w in sizes], {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
 def _qwen(

@@ -80,6 +80,17 @@ def test_the_rotation_is_averaged_over_future_positions() -> None:
     close(rotation, [[-0.703070, -0.525209], [0.525209, -0.703070]])
 
 
+def test_neighbours_are_rotated_where_tables_hold_each_angle_twice_in_a_row() -> None:
+    angle = torch.tensor([[0.5, 0.5, 1.0, 1.0], [1.5, 1.5, 2.0, 2.0]])
+    rotation = average_rotation(angle.cos(), angle.sin())
+    want = torch.zeros(4, 4)
+    for pair, angles in ((0, (0.5, 1.5)), (2, (1.0, 2.0))):
+        cosine, sine = (sum(f(a) for a in angles) / 2 for f in (math.cos, math.sin))
+        want[pair : pair + 2, pair : pair + 2] = torch.tensor([[cosine, -sine], [sine, cosine]])
+    close(rotation, want)
+    close(average_rotation(torch.ones(2, 4), torch.zeros(2, 4)), torch.eye(4))
+
+
 def test_statistics_of_queries_by_hand() -> None:
     mean, covariance = query_statistics(torch.tensor([[[1.0, 0.0], [3.0, 2.0]]]))
     assert covariance is not None

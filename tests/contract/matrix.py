@@ -22,7 +22,7 @@ from mmtoken import compressors as shelf
 from mmtoken.compressors import Compressor, Trained
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import ANYRES, CELLS, QWEN, TOKENWISE, build, inputs
+from tests.backbones.tiny_models import ANYRES, CELLS, DYNAMIC, OPAQUE, TOKENWISE, build, inputs
 from tests.contract import reference
 
 Cell = tuple[str, str]
@@ -175,13 +175,18 @@ TILED: tuple[Cell, ...] = tuple((family, "image") for family in ANYRES)
 
 def refused(name: str, cell: Cell) -> str | None:
     """Why a pair cannot be attached, in words that the error must contain; None where it can."""
-    if "prepare" in COMPRESSORS[name].sites and cell[0] in QWEN:
+    method = COMPRESSORS[name]
+    tower = {"tower_attention", "tower_keys", "tower_states"}
+    reads = method.needs & tower or isinstance(method, shelf.QueCC)
+    if cell[0] in OPAQUE and (method.sites & {"vision_layer", "refresh"} or reads):
+        return "holds all images in one masked sequence"
+    if "prepare" in method.sites and cell[0] in DYNAMIC:
         return "before the processor"
-    if COMPRESSORS[name].patchwise_projector and cell[0] not in TOKENWISE:
+    if method.patchwise_projector and cell[0] not in TOKENWISE:
         return "maps every patch by itself"
-    if "vision_layer" in COMPRESSORS[name].sites and cell[0] == "openvla":
+    if "vision_layer" in method.sites and cell[0] == "openvla":
         return "joins what two towers make"
-    if "refresh" in COMPRESSORS[name].sites and (cell[0], "video") not in CELLS:
+    if "refresh" in method.sites and (cell[0], "video") not in CELLS:
         return "reads images only"
     return None
 

@@ -15,7 +15,7 @@ from mmtoken.compressors import Compressor, Context
 from mmtoken.engine.report import Report
 from mmtoken.tokens import VisualTokens
 from tests import oracle
-from tests.backbones.tiny_models import NEXT, NEXT_SIZES, QWEN, STACKED, visual_mask
+from tests.backbones.tiny_models import COHERE, NEXT, NEXT_SIZES, QWEN, STACKED, TILES, visual_mask
 
 IDEFICS = ("smolvlm", "idefics3")
 CLIP = ("llava", "llava_next", "llava_next_video", "video_llava")
@@ -116,6 +116,8 @@ def unit_of(model: nn.Module) -> int:
     config = model.config
     if config.model_type == "internvl":
         return round(1 / config.downsample_ratio)
+    if config.model_type in COHERE:
+        return config.downsample_factor
     if config.model_type == "gemma3":
         vision = config.vision_config
         return vision.image_size // vision.patch_size // math.isqrt(config.mm_tokens_per_image)
@@ -357,12 +359,14 @@ def _items(cell: tuple[str, str], inputs: oracle.Inputs, visual: Tensor, row: in
         per_row = [next(numbers) if n else 0 for n in counts]
     elif cell in STACKED:
         per_row = [n // STACKED[cell] for n in counts]
-    elif cell[0] == "internvl":
+    elif cell[0] in TILES:
         per_row = [n // 16 for n in counts]
     else:
         if cell[0] in NEXT:
             tokens = {size: number for size, _, number in NEXT_SIZES}
             sizes = iter([tokens[height, width] for height, width in inputs["image_sizes"].tolist()])
+        elif cell[0] == "mistral3":
+            sizes = iter((inputs["image_sizes"] // 28).prod(-1).tolist())
         else:
             sizes = iter((inputs[f"{cell[1]}_grid_thw"].prod(-1) // 4).tolist())
         per_row = []

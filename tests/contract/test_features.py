@@ -18,7 +18,7 @@ from torch import Tensor
 from mmtoken.compressors import EVS, CDPruner, DyCoke, HoloV, PruMerge, STCPruner, VidCom2, VisPruner
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, GEMMA, TOKENWISE, visual_mask
+from tests.backbones.tiny_models import CELLS, GEMMA, TILES, TOKENWISE, visual_mask
 from tests.compressors import (
     test_cdpruner,
     test_dycoke,
@@ -293,7 +293,7 @@ def merged(
 
 @pairs(
     ["prumerge", "prumerge-plus", "prumerge-fixed", "prumerge-fixed-plus"],
-    [cell for cell in CELLS if cell[0] in ("llava", "internvl", *IDEFICS, *GEMMA)],
+    [cell for cell in CELLS if cell[0] in ("llava", *TILES, *IDEFICS, *GEMMA)],
 )
 @pytest.mark.parametrize("case", CASES)
 def test_prumerge_keeps_and_merges_what_its_formulas_say(name: str, cell: Cell, case: str) -> None:

@@ -12,7 +12,7 @@ from transformers import StaticCache
 
 from mmtoken.engine.session import Session
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, GEMMA, QWEN, STACKED, build, roles
+from tests.backbones.tiny_models import CELLS, GEMMA, QWEN, STACKED, TILES, build, roles
 from tests.contract.matrix import COMPRESSORS, Cell, assert_close, batch, compress, keeps, pairs, tiny
 from tests.contract.reference import given_merged, given_prompts, masked_per_call, noting_merged, prompts_of, recording
 
@@ -75,7 +75,7 @@ def test_generate_agrees_with_the_masked_model(name: str, cell: Cell, mode: str,
 
 def mixes_images(cell: Cell) -> bool:
     """Whether transformers repeats single images for beams, not rows: rows of several images then get wrong ones."""
-    return not oracle.ENCODES_APART and (cell in STACKED or cell[0] == "internvl")
+    return not oracle.ENCODES_APART and (cell in STACKED or cell[0] in TILES)
 
 
 @pytest.mark.lowest

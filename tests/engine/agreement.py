@@ -14,7 +14,7 @@ from mmtoken.compressors import DivPrune, Downscale, FastV, PyramidDrop, Random,
 from mmtoken.compressors.base import Compressor
 from mmtoken.engine.report import Report
 from tests import oracle
-from tests.backbones.tiny_models import CASES, CELLS, QWEN, build
+from tests.backbones.tiny_models import CASES, CELLS, DYNAMIC, OPAQUE, build
 
 BEFORE_DECODER: dict[str, Compressor] = {
     "divprune": DivPrune(keep=0.4),
@@ -41,7 +41,9 @@ def tiny(family: str, attn: str = "sdpa") -> nn.Module:
 
 def hosts(family: str) -> list[str]:
     """Names in `BEFORE_DECODER` that a family can host."""
-    refused = {"downscale"} if family in QWEN else {"tome"} if family == "openvla" else set()
+    refused = {"downscale"} if family in DYNAMIC else {"tome"} if family == "openvla" else set()
+    if family in OPAQUE:
+        refused |= {"visionzip", "tome"}
     return [name for name in BEFORE_DECODER if name not in refused]
 
 

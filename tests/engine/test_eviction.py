@@ -23,7 +23,7 @@ from mmtoken.engine.eviction import check_choice, per_head
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import kept_count
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, build, visual_mask
+from tests.backbones.tiny_models import CELLS, COHERE, build, visual_mask
 from tests.contract.matrix import Cell, assert_close, batch, dense, dense_logits, keeps, logits, tiny
 from tests.contract.reference import alone, evicted_by_layer, recording
 from tests.contract.test_modes import options
@@ -431,12 +431,17 @@ def test_the_last_query_rotated_by_hand_is_the_rotated_one(cell: Cell) -> None:
     with compress(model, Hashed(keep=1.0)):
         logits(model, batch(cell, "padded_ragged"))
     assert len(Hashed.chosen) == 4
-    for _, entry, _ in Hashed.chosen:
+    for layer, entry, _ in Hashed.chosen:
         # The next position follows the last token's.
         cosine, sine = (table[:, None] for table in entry.rotary((entry.length - 1)[:, None]))
         query = entry.unrotated[:, :, -1:]
         half = query.shape[-1] // 2
         turned = query * cosine + torch.cat([-query[..., half:], query[..., :half]], -1) * sine
+        if cell[0] in COHERE:
+            turned = query * cosine + torch.stack([-query[..., 1::2], query[..., ::2]], -1).flatten(-2) * sine
+            if layer % 2:  # sees everything, and rotates nothing
+                turned = query
+                assert torch.equal(cosine, torch.ones_like(cosine)) and not sine.any()
         assert_close(turned, entry.queries[:, :, -1:])
 
 

@@ -15,7 +15,7 @@ from mmtoken.compressors import Compressor, Context
 from mmtoken.compressors.base import Need, Positions
 from mmtoken.errors import InputError, UnsupportedError
 from tests import oracle
-from tests.backbones.tiny_models import CELLS, inputs, visual_mask
+from tests.backbones.tiny_models import CELLS, OPAQUE, inputs, visual_mask
 from tests.contract.reference import alone
 from tests.engine.agreement import tiny
 
@@ -23,8 +23,8 @@ Seen = list[tuple[str, Tensor, Tensor]]
 SEEN: Seen = []
 """(site, prompt embeddings, question states) of every row of tokens, in the order in which they were asked for."""
 
-# The reader acts inside the tower, which OpenVLA refuses.
-cells = pytest.mark.parametrize("cell", [cell for cell in CELLS if cell[0] != "openvla"], ids="-".join)
+# The reader acts inside the tower, which OpenVLA and opaque towers refuse.
+cells = pytest.mark.parametrize("cell", [cell for cell in CELLS if cell[0] not in ("openvla", *OPAQUE)], ids="-".join)
 
 
 @dataclass(frozen=True)

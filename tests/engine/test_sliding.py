@@ -92,6 +92,13 @@ def test_dropping_equals_masking(method: str, case: str, how: dict[str, Any]) ->
     check("gemma3", "sdpa", METHODS[method], case, how)
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", ["left_padded", "padded_ragged"])
+@pytest.mark.parametrize("method", METHODS)
+def test_dropping_equals_masking_where_other_layers_rotate_nothing(method: str, case: str, attn: str) -> None:
+    check("cohere2_vision", attn, METHODS[method], case, {})
+
+
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2}], ids=["", "beams"])
 @pytest.mark.parametrize("case", CASES)
 def test_dropping_equals_masking_in_paligemma_2(case: str, how: dict[str, Any]) -> None:
@@ -111,7 +118,7 @@ def test_reading_capped_attention_is_refused() -> None:
 
 def check(name: str, attn: str, method: Compressor, case: str, how: dict[str, Any]) -> None:
     model = narrow(name, attn)
-    batch = inputs(model, name.removesuffix("2"), "image", case)
+    batch = inputs(model, {"paligemma2": "paligemma"}.get(name, name), "image", case)
     with mmtoken.compress(model, method) as session:
         got = oracle.generate_with_logits(model, batch, max_new_tokens=12, **how)
     beams = how.get("num_beams", 1)
