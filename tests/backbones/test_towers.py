@@ -420,9 +420,9 @@ def test_a_patch_that_leaves_between_attention_and_mlp_is_in_neither_from_there_
     model, images = tower("vit_tiny_patch16_224"), pictures()
     lengths: dict[str, list[int]] = {"mlp": [], "attn": []}
     handles = [
-        getattr(block, part).register_forward_pre_hook(lambda _, args, part=part: lengths[part].append(args[0].shape[1]))
+        getattr(block, part).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[1]))
         for block in model.blocks
-        for part in lengths
+        for part, seen in lengths.items()
     ]
     with torch.no_grad(), compress(model, method):
         model(images)
