@@ -7,7 +7,7 @@ import inspect
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -260,11 +260,11 @@ Act = Callable[[Between], dict[int, Tensor]]
 """What is left of a block's patches: features by place."""
 
 
-def composed_by_hand(model: Any, name: str, image: Tensor, act: Act, sizes: Callable[[], list[float]]) -> Tensor:
+def composed_by_hand(model: Any, name: str, image: Tensor, act: Act, sizes: Sequence[float] = ()) -> Tensor:
     """float[M, D]: one image through the blocks of a tower, `act` between attention and MLP of each.
 
     Attention comes from the queries and keys at the kernel, rotary tables are cut by hand; log(size) of patches is
-    added to the scores where a size is not 1.
+    added to the scores where a size is not 1. `act` may change the sizes.
     """
     prefix, timms = prefix_of(name), name in TIMM
     with ends_of_embedding(model, name) as start:
@@ -274,8 +274,8 @@ def composed_by_hand(model: Any, name: str, image: Tensor, act: Act, sizes: Call
     for number, block in enumerate(blocks_of(model, name)):
         first, second = (block.norm1, block.norm2) if timms else (block.ln_1, block.ln_2)
         entering, options = first(hidden), {}
-        if any(size != 1 for size in sizes()):
-            bias = torch.tensor([0.0] * prefix + [math.log(size) for size in sizes()])
+        if any(size != 1 for size in sizes):
+            bias = torch.tensor([0.0] * prefix + [math.log(size) for size in sizes])
             options["attn_mask"] = bias.expand(*([1, 1] if timms else [2]), len(bias), -1)
         with attended() as noted:
             if rope is not None:
@@ -387,8 +387,8 @@ def assert_same_with_gradients(model: Any, name: str, method: Compressor, want: 
 @pytest.mark.parametrize("name", TOWERS)
 def test_tca_condenses_between_attention_and_mlp_as_a_plain_composition_with_gradients(name: str) -> None:
     model, layers, keep = tower(name), (0, 2), 7
-    act, ones = tca_by_hand(layers, keep), [1.0]
-    want = torch.stack([composed_by_hand(model, name, image[None], act, lambda: ones) for image in pictures()])
+    act = tca_by_hand(layers, keep)
+    want = torch.stack([composed_by_hand(model, name, image[None], act) for image in pictures()])
     assert want.shape[1] == prefix_of(name) + keep
     assert_same_with_gradients(model, name, shelf.TCA(keep=keep, layers=layers, variant="repo"), want)
 
@@ -399,8 +399,7 @@ def test_tome_merges_between_attention_and_mlp_as_a_plain_composition_with_gradi
     model, keep, found = tower(name), 7, []
     for image in pictures():
         sizes = [1.0] * PATCHES
-        act = tome_by_hand(sizes, keep, blocks=3)
-        found.append(composed_by_hand(model, name, image[None], act, lambda sizes=sizes: sizes))  # type: ignore[misc]
+        found.append(composed_by_hand(model, name, image[None], tome_by_hand(sizes, keep, blocks=3), sizes))
         assert len(sizes) == keep and max(sizes) > 1 and sum(sizes) == PATCHES
     assert_same_with_gradients(model, name, shelf.ToMe(keep=keep), torch.stack(found))
 

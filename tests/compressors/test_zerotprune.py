@@ -158,8 +158,8 @@ def test_the_first_pass_ranks_only_and_the_second_sees_what_is_left(monkeypatch:
     tokens, context = make([20])
     context.depth = 12
     ZeroTPrune(keep=0.5, layers=(2,), similar=3).vision_layer(tokens, 2, context)
-    ZeroTPrune(keep=0.5, layers=(2,), similar=3, order="I-S").vision_layer(tokens, 2, context)
-    assert calls == [([20], 1), ([17], 30), ([20], 30)]
+    ZeroTPrune(keep=0.5, layers=(3,), similar=3, order="I-S").vision_layer(tokens, 3, context)
+    assert calls == [([20], 1), ([17], 30), ([20], 5)]
 
 
 def test_rounds_fall_with_depth_and_places_scale() -> None:
