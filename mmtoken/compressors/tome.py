@@ -1,4 +1,4 @@
-"""ToMe: merge the most similar tokens between the blocks of the vision tower."""
+"""ToMe: merge the most similar tokens in every block of the vision tower, between its attention and its MLP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmtoken.compressors.base import Compressor, Context, Cost, Need, Parity, Positions
+from mmtoken.compressors.base import Compressor, Context, Cost, Need, Parity, Positions, TowerCut
 from mmtoken.errors import InputError
 from mmtoken.kernels.gather_merge import gather_merge
 from mmtoken.kernels.similarity_stats import similarity_stats
@@ -20,14 +20,14 @@ from mmtoken.tokens import VisualTokens, kept_count, pick_rows, refuse_nan
 class ToMe(Compressor):
     """Bipartite soft matching in every tower block, a constant number of merges per block.
 
-    Even tokens are matched with their most similar odd token (cosine of head-averaged keys); the most similar pairs
-    merge into size-weighted means, until `keep` tokens are left when the last block begins. Later blocks weigh a merged
-    token by its size (proportional attention, equation 1). Afterwards the grid is restored for the projector, and of
-    the projected tokens those stay whose patches were destinations or never merged.
+    Between attention and MLP, even tokens are matched with their most similar odd token (cosine of this block's
+    head-averaged keys); the most similar pairs merge into size-weighted means, until `keep` tokens leave the last block
+    that is read. Later blocks weigh a merged token by its size (proportional attention, equation 1). Afterwards the
+    grid is restored for the projector, and of the projected tokens those stay whose patches were destinations or never
+    merged.
 
-    Differs from the paper: merging happens when a block is entered, so behind the MLP of the block before and not
-    between its attention and its MLP; a token is the square of patches that becomes one projected token where the
-    projector merges several; towers on packed sequences (Qwen) take no attention bias, so sizes do not weigh there.
+    Differs from the paper: a token is the square of patches that becomes one projected token where the projector merges
+    several; towers on packed sequences (Qwen) take no attention bias, so sizes do not weigh there.
     """
 
     keep: int | float = 0.5
@@ -42,9 +42,10 @@ class ToMe(Compressor):
     needs: ClassVar[frozenset[Need]] = frozenset({"tower_keys"})
     merges: ClassVar[bool] = True
     size_bias: ClassVar[bool] = True
+    tower_cut: ClassVar[TowerCut] = "mlp"
 
     def vision_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
-        targets = [self.target(total, layer, ctx.depth - 1) for total in ctx.original_counts]
+        targets = [self.target(total, layer, ctx.depth) for total in ctx.original_counts]
         metric = ctx.tower_keys(tokens)
         while True:
             now = tokens.counts()
@@ -54,12 +55,12 @@ class ToMe(Compressor):
             if layer < ctx.depth - 1 or tokens.counts() == targets:
                 return tokens
 
-    def target(self, total: int, layer: int, last: int) -> int:
-        """Tokens of a row of `total` that enter block `layer` of 1 .. `last`."""
+    def target(self, total: int, layer: int, depth: int) -> int:
+        """Tokens of a row of `total` that leave block `layer` of 0 .. `depth` - 1."""
         final = kept_count(self.keep, total)
-        even = total - math.floor((total - final) * layer / last + 0.5)
-        # A block can merge half of its tokens at most, so none may start with more than the rest can get rid of.
-        halvings: int = 2 ** (last - layer)
+        even = total - math.floor((total - final) * (layer + 1) / depth + 0.5)
+        # A block can merge half of its tokens at most, so none may leave more than the rest can get rid of.
+        halvings: int = 2 ** (depth - 1 - layer)
         return max(final, min(even, final * halvings))
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmtoken.compressors.base import Compressor, Context, Cost, Need, Positions, TowerStates, check_whole
+from mmtoken.compressors.base import Compressor, Context, Cost, Need, Positions, TowerCut, TowerStates, check_whole
 from mmtoken.compressors.stages import as_tuple, check_ascending, scaled_cuts
 from mmtoken.errors import MMTokenError, UnsupportedError
 from mmtoken.kernels.pagerank import pagerank
@@ -29,7 +29,7 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class ZeroTPrune(Compressor):
-    """Cuts between some tower blocks: importance from the attention graph first, then similarity, without training.
+    """Cuts in some tower blocks: importance from the block's attention graph, then similarity, without training.
 
     Importance (weighted page rank): tokens vote for what they attend to, with the weight that they have themselves,
     s <- A^T s in every head, from equal weights, for some rounds or until it stands still. Heads whose scores vary too
@@ -39,23 +39,23 @@ class ZeroTPrune(Compressor):
 
     In the order "I'-S-I", one cheap round ranks, `similar` near-duplicates leave, and a full page rank over what is
     left cuts to this block's count: large uniform areas cannot vote each other up. "I-S" cuts by importance first.
+    Tokens leave between the attention and the MLP of a block.
 
     The final code of the authors was not found; reconstructed here are the counts (the same share leaves at every cut),
     the number of near-duplicates, and the scale of the variance: published bounds fit scores with mean 1 (for scores
-    that sum to 1 no head could ever reach them), so these are what is compared with them (`rescale`). Differs from the
-    paper: tokens leave between blocks, and not between a block's attention and its MLP.
+    that sum to 1 no head could ever reach them), so these are what is compared with them (`rescale`).
 
     A token of several patches (2x2 mergers, pixel shuffle) has the sum of their scores and their features side by side.
 
     Attributes:
-        layers: tower blocks (0-based) before which tokens leave; None: before 1, 3, 6, 9 and 11 of 12, scaled.
+        layers: tower blocks (0-based) in which tokens leave; None: 1, 3, 6, 9 and 11 of 12, scaled.
         similar: near-duplicates that leave at each cut, as part of its count.
         rounds: most rounds in the first three blocks, in the middle and in the last three.
         tolerance: rounds end when scores change by less than this on average; scores sum to 1.
         variance: lowest and highest variance over the tokens of a head that counts.
         rescale: whether the variance is that of scores with mean 1; False: of scores that sum to 1.
         boost: whether CLS starts with sqrt(N) times the weight of a patch.
-        feature: what is compared: keys of all heads, queries, values, or the block's output.
+        feature: what is compared: keys of all heads, queries, values, or the features that the attention leaves.
         metric: how: "cosine", "dot" product, or (the opposite of the) "euclidean" distance.
         split: which half leaves: "unimportant", "important", or every second one in order of importance ("alternate").
         order: "I'-S-I" or "I-S".
@@ -83,13 +83,14 @@ class ZeroTPrune(Compressor):
     year: ClassVar[int] = 2024
     cost: ClassVar[Cost] = "pairs"
     needs: ClassVar[frozenset[Need]] = frozenset({"tower_states", "tower_keys"})
+    tower_cut: ClassVar[TowerCut] = "mlp"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("layers", "rounds", "variance"):
             object.__setattr__(self, field, as_tuple(field, getattr(self, field)))
         if self.layers is not None:
-            check_ascending("layers", self.layers, lowest=1)
+            check_ascending("layers", self.layers, lowest=0)
         check_whole("similar", self.similar, lowest=0)
         if self.rounds is None or len(self.rounds) != 3:
             raise MMTokenError(f"rounds={self.rounds!r}: give three numbers, of first, middle and last blocks.")
@@ -114,16 +115,16 @@ class ZeroTPrune(Compressor):
                 raise MMTokenError(f"{field}={getattr(self, field)!r} is unknown; use one of {', '.join(known)}.")
 
     def cuts(self, depth: int) -> tuple[int, ...]:
-        """Blocks before which tokens leave, in a tower that is read after `depth` blocks."""
+        """Blocks in which tokens leave, in a tower that is read after `depth` blocks."""
         return scaled_cuts(PAPER_LAYERS, PAPER_DEPTH, depth) if self.layers is None else self.layers
 
     def tower_layers(self, depth: int, blocks: int) -> tuple[int, ...]:
         if self.layers is not None and self.layers[-1] >= depth:
             raise UnsupportedError(
-                f"layers={self.layers} but this tower is read after {depth} blocks; choose from 1 to {depth - 1}."
+                f"layers={self.layers} but this tower is read after {depth} blocks; choose from 0 to {depth - 1}."
             )
-        if depth < 2:
-            raise UnsupportedError("This tower is read after its first block, so there is no place between blocks.")
+        if not self.cuts(depth):
+            raise UnsupportedError("This tower is read after its first block; name the block yourself (layers).")
         return ()
 
     def vision_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
@@ -138,7 +139,7 @@ class ZeroTPrune(Compressor):
         states = ctx.tower_states(tokens)
         features = self._features(tokens, states, ctx)
         refuse_nan(features, tokens.eligible, "what Zero-TPrune compares")
-        rounds = self._rounds(layer - 1, ctx.depth)
+        rounds = self._rounds(layer, ctx.depth)
         left = tokens.eligible
         duplicates = [min(self.similar, n - target, n // 2) for n, target in zip(now, targets, strict=True)]
         if self.order == "I-S":
@@ -161,7 +162,7 @@ class ZeroTPrune(Compressor):
         return max(final, math.floor(total * share + 0.5))
 
     def _rounds(self, block: int, depth: int) -> int:
-        """Most rounds after a block; of towers with few blocks none are early or middle."""
+        """Most rounds in a block; of towers with few blocks none are early or middle."""
         if block >= depth - 3:
             return self.rounds[2]
         return self.rounds[0] if block < 3 else self.rounds[1]

@@ -150,7 +150,7 @@ def _check_place(backbone: Backbone, method: Compressor, visual: Tensor | None) 
         )
     if "vision_layer" in method.sites and not backbone.plain_tower:
         raise UnsupportedError(
-            f"{name} drops patches between blocks of a tower, and {backbone.name} joins what two towers make of "
+            f"{name} drops patches inside a tower, and {backbone.name} joins what two towers make of "
             "the same patches; use a method that acts after the towers."
         )
     _check_tower_attention(backbone, method)
@@ -238,7 +238,7 @@ def _check_reuse(backbone: Backbone, method: Compressor) -> None:
         )
     if "vision_layer" in method.sites:
         raise UnsupportedError(
-            f"{name} takes patches from an earlier frame and drops others between blocks of the same tower, so that "
+            f"{name} takes patches from an earlier frame and drops others inside the same tower, so that "
             "places no longer agree; leave one of the two out."
         )
     read = method.needs & {"tower_attention", "tower_keys", "tower_states"}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mmtoken.backbones.base import Tower
-from mmtoken.compressors.base import Context, TowerStates
+from mmtoken.compressors.base import Compressor, Context, TowerStates
 from mmtoken.engine import gather
 from mmtoken.engine.compat import check_checkpointing
 from mmtoken.engine.encode import EncoderCall
@@ -118,6 +118,20 @@ def _check_block_call(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any
         raise UnsupportedError(
             f"{tower.mask} was given to the blocks of this tower, or gradient checkpointing is on; a compressor needs "
             "calls without either."
+        )
+
+
+def _check_recomputation(method: Compressor, block: nn.Module, hidden: Tensor) -> None:
+    """Refuse to cut inside a block that is computed again for gradients, at a time when the call is over.
+
+    Raises:
+        UnsupportedError: the block is checkpointed, and it or its input gets gradients.
+    """
+    checkpointed = block.training and getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled()
+    if checkpointed and (hidden.requires_grad or any(weight.requires_grad for weight in block.parameters())):
+        raise UnsupportedError(
+            f"gradient_checkpointing=True with {type(method).__name__}, which acts between attention and MLP of a "
+            "tower block: the recomputation would run without it; disable checkpointing of the tower."
         )
 
 
@@ -338,6 +352,7 @@ class VisionHooks:
         kwargs = run.block_arguments(kwargs, method.size_bias)
         run.begin(number, kwargs, read=number in self._read)
         if self._cuts and method.tower_cut == "mlp" and number <= self.tower.feature_block:
+            _check_recomputation(method, block, hidden)
             hidden = self._with_guests(run, number, hidden, kwargs)
         if self.tower.masks_attention:
             self._thread.mask = kwargs.get("attention_mask")

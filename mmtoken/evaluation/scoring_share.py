@@ -45,7 +45,7 @@ def rounds_of_pagerank(tokens: int) -> dict[int, int]:
     method = ZeroTPrune()
     cuts = method.cuts(BLOCKS)
     counts = [tokens, *(method.target(tokens, stage, len(cuts)) for stage in range(len(cuts) - 1))]
-    return {count: method._rounds(cut - 1, BLOCKS) for count, cut in zip(counts, cuts, strict=True)}
+    return {count: method._rounds(cut, BLOCKS) for count, cut in zip(counts, cuts, strict=True)}
 
 
 def pieces(tokens: int) -> dict[str, Callable[[], Any]]:

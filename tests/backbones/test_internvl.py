@@ -20,6 +20,7 @@ from tests.backbones.processors import conversation, photograph, processor, vide
 from tests.backbones.tiny_models import build, config, inputs, visual_mask
 from tests.contract.reference import assert_items_are_the_placeholders, kept_by_layer
 from tests.engine.agreement import assert_close
+from tests.engine.test_tower import Pairs
 
 
 @pytest.fixture(scope="module")
@@ -129,15 +130,15 @@ def test_a_mask_is_refused_where_the_recomputation_would_miss_it() -> None:
     model = build("internvl").train()
     batch = inputs(model, "internvl", "image", "single")
     model.gradient_checkpointing_enable()
-    with compress(model, ToMe(keep=0.5)), pytest.raises(UnsupportedError, match="take no mask"):
+    with compress(model, Pairs(merges=(4, 4, 4))), pytest.raises(UnsupportedError, match="take no mask"):
         model(**batch)
     with compress(model, VisionZip(keep=0.5)) as session:  # reads the blocks, and masks nothing
         model(**batch, labels=batch["input_ids"]).loss.backward()
     assert session.report.tokens_out == [8] * 3
-    with compress(model.eval(), ToMe(keep=0.5)) as session, torch.no_grad():  # recomputes nothing
+    with compress(model.eval(), Pairs(merges=(4, 4, 4))) as session, torch.no_grad():  # recomputes nothing
         model(**batch)
-    assert session.report.tokens_out == [8] * 3
+    assert session.report.tokens_out == [12] * 3
     model.train().gradient_checkpointing_disable()
-    with compress(model, ToMe(keep=0.5)) as session:
+    with compress(model, Pairs(merges=(4, 4, 4))) as session:
         model(**batch, labels=batch["input_ids"]).loss.backward()
-    assert session.report.tokens_out == [8] * 3
+    assert session.report.tokens_out == [12] * 3

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +37,7 @@ from tests.backbones.tiny_towers import (
     prefix_of,
     tower,
 )
+from tests.compressors.test_tome import match
 
 pytestmark = pytest.mark.lowest
 
@@ -189,10 +191,13 @@ def test_dropping_patches_equals_masking_their_keys(name: str, method: str) -> N
         keep: dict[int, Tensor] = {}
         for site in report.sites:
             assert site.layer is not None
-            keep[site.layer] = torch.zeros(2, PATCHES, dtype=torch.bool)
+            # What leaves behind the attention of a block was seen by that block.
+            first = site.layer + (PRUNERS[method].tower_cut == "mlp")
+            keep[first] = torch.zeros(2, PATCHES, dtype=torch.bool)
             for row, left in enumerate(site.kept):
-                keep[site.layer][row, left] = True
-        assert set(keep) == {1, 2} and int(keep[2].sum()) == sum(report.tokens_out) < 2 * PATCHES
+                keep[first][row, left] = True
+        assert int(keep[max(keep)].sum()) == sum(report.tokens_out) < 2 * PATCHES
+        assert {1, 2} <= set(keep) and not keep[2].all()
         with masked(model, name, keep), ends(model, name) as states:
             plain = model(images)
     assert report.tokens is not None
@@ -228,66 +233,108 @@ def test_scores_are_what_the_tower_computes(name: str) -> None:
     assert_close(torch.stack(scores), want)
 
 
-@pytest.mark.parametrize("name", TOWERS)
-def test_merged_tokens_weigh_as_much_as_what_they_stand_for(name: str) -> None:
-    """ToMe, equation 1: log(size) on the scores of the block that runs on merged tokens, none on CLS and registers."""
-    model, images = tower(name), pictures()
-    with torch.no_grad(), compress(model, shelf.ToMe(keep=0.4)) as session, attended() as noted:
-        model(images)
-    mask, tokens = noted[2][2], session.report.tokens
-    assert mask is not None and tokens is not None and bool((tokens.size > 1).any())
-    want = nn.functional.pad(tokens.size.log(), (prefix_of(name), 0))
-    mask = mask.view(2, -1, *mask.shape[-2:])
-    torch.testing.assert_close(mask, want[:, None, None, :].expand_as(mask))
+# --------------------------------------------------------------------- between attention and MLP, composed by hand
 
 
-# ------------------------------------------------------------------------------------------- TCA, composed by hand
+@dataclasses.dataclass
+class Between:
+    """One image in one block, after its attention.
+
+    Attributes:
+        number: of the block.
+        body: float[n, D], patches with the attention added.
+        query, key: float[H, prefix + n, d] as they reach the kernel, rotated if the tower rotates.
+        plain: float[H, n, d], keys of patches before they are rotated.
+        prefix: tokens before the patches.
+    """
+
+    number: int
+    body: Tensor
+    query: Tensor
+    key: Tensor
+    plain: Tensor
+    prefix: int
 
 
-def condensed_by_hand(model: Any, name: str, image: Tensor, layers: tuple[int, ...], keep: int) -> Tensor:
-    """float[M, D]: one image through the blocks of a tower of which some condense between attention and MLP.
+Act = Callable[[Between], dict[int, Tensor]]
+"""What is left of a block's patches: features by place."""
 
-    Attention comes from the queries and keys at the kernel, rotary tables are cut by hand.
+
+def composed_by_hand(model: Any, name: str, image: Tensor, act: Act, sizes: Sequence[float] = ()) -> Tensor:
+    """float[M, D]: one image through the blocks of a tower, `act` between attention and MLP of each.
+
+    Attention comes from the queries and keys at the kernel, rotary tables are cut by hand; log(size) of patches is
+    added to the scores where a size is not 1. `act` may change the sizes.
     """
     prefix, timms = prefix_of(name), name in TIMM
     with ends_of_embedding(model, name) as start:
         model(image)
-    (hidden, rope), stage = start[0], 0
+    hidden, rope = start[0]
     alive = torch.arange(PATCHES)
     for number, block in enumerate(blocks_of(model, name)):
         first, second = (block.norm1, block.norm2) if timms else (block.ln_1, block.ln_2)
-        entering = first(hidden)
+        entering, options = first(hidden), {}
+        if any(size != 1 for size in sizes):
+            bias = torch.tensor([0.0] * prefix + [math.log(size) for size in sizes])
+            options["attn_mask"] = bias.expand(*([1, 1] if timms else [2]), len(bias), -1)
         with attended() as noted:
             if rope is not None:
-                table = rope[number] if rope.ndim == 4 else rope
-                attention = block.attn(entering, rope=table[..., alive, :])
+                table = (rope[number] if rope.ndim == 4 else rope)[..., alive, :]
+                attention = block.attn(entering, rope=table, **options)
+                sine, cosine = table.chunk(2, -1)
+                block.attn(entering, rope=torch.cat([sine * 0, cosine * 0 + 1], -1))
             elif timms:
-                attention = block.attn(entering)
+                attention = block.attn(entering, **options)
             else:
-                attention = block.attn(entering, entering, entering, need_weights=False)[0]
-        gained = scale(block, "1", attention)
-        hidden = hidden + gained
-        if number in layers:
-            query, key, _ = noted[0]
-            asking = query[:, :, 0] if prefix else query[:, :, prefix:].mean(2)
-            weights = (asking[0, :, None] @ key[0].transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)[
-                :, 0, prefix:
-            ]
-            order = sorted(range(len(alive)), key=lambda i: (-float(weights.mean(0)[i]), i))
-            target = [round(PATCHES * (keep / PATCHES) ** ((stage + 1) / len(layers))), keep][stage == len(layers) - 1]
-            stage += 1
-            stay, middle_count, _, clusters = split_to(len(alive), target)
-            middle, rest = order[stay : stay + middle_count], order[stay + middle_count :]
-            body = hidden[0, prefix:]
-            centres, _, merged = condense(body[middle], clusters)
-            summed = sum(weights.mean(0)[i].detach() * body[i] for i in rest)
-            new = {i: body[i] for i in order[:stay]}
-            new |= {middle[int(c)]: m for c, m in zip(centres, merged, strict=True)} | {rest[0]: summed}
-            places = sorted(new)
-            hidden = torch.cat([hidden[:, :prefix], torch.stack([new[i] for i in places])[None]], 1)
-            alive = alive[places]
+                attention = block.attn(entering, entering, entering, need_weights=False, **options)[0]
+        hidden = hidden + scale(block, "1", attention)
+        query, key = (states[0] for states in noted[0][:2])
+        left = act(Between(number, hidden[0, prefix:], query, key, noted[-1][1][0, :, prefix:], prefix))
+        places = sorted(left)
+        hidden = torch.cat([hidden[:, :prefix], torch.stack([left[i] for i in places])[None]], 1)
+        alive = alive[places]
         hidden = hidden + scale(block, "2", block.mlp(second(hidden)))
     return (model.norm(hidden) if timms else hidden)[0]
+
+
+def tca_by_hand(layers: tuple[int, ...], keep: int) -> Act:
+    """TCA's condensation in some blocks, by mean attention, down to `keep`."""
+
+    def act(at: Between) -> dict[int, Tensor]:
+        if at.number not in layers:
+            return dict(enumerate(at.body))
+        asking = at.query[:, 0] if at.prefix else at.query[:, at.prefix :].mean(1)
+        weights = (asking[:, None] @ at.key.transpose(-1, -2) * at.query.shape[-1] ** -0.5).softmax(-1)
+        mean = weights[:, 0, at.prefix :].mean(0)
+        order = sorted(range(len(at.body)), key=lambda i: (-float(mean[i]), i))
+        stage = layers.index(at.number)
+        target = [round(PATCHES * (keep / PATCHES) ** ((stage + 1) / len(layers))), keep][stage == len(layers) - 1]
+        stay, middle_count, _, clusters = split_to(len(at.body), target)
+        middle, rest = order[stay : stay + middle_count], order[stay + middle_count :]
+        centres, _, merged = condense(at.body[middle], clusters)
+        left = {i: at.body[i] for i in order[:stay]}
+        left |= {middle[int(c)]: m for c, m in zip(centres, merged, strict=True)}
+        left[rest[0]] = sum(mean[i].detach() * at.body[i] for i in rest)  # type: ignore[assignment]
+        return left
+
+    return act
+
+
+def tome_by_hand(sizes: list[float], keep: int, blocks: int) -> Act:
+    """ToMe's merging in every block, down to `keep` behind the last one; `sizes` follow."""
+
+    def act(at: Between) -> dict[int, Tensor]:
+        target = PATCHES - math.floor((PATCHES - keep) * (at.number + 1) / blocks + 0.5)
+        _, source, destination = match(at.plain.mean(0), len(at.body) - target, cls=False, distill=False)
+        groups = {i: [i] for i in range(len(at.body)) if i not in [2 * s for s in source]}
+        for s, d in zip(source, destination, strict=True):
+            groups[2 * d + 1].append(2 * s)
+        total = {i: sum(sizes[j] for j in group) for i, group in groups.items()}
+        left = {i: sum(sizes[j] * at.body[j] for j in group) / total[i] for i, group in groups.items()}
+        sizes[:] = [total[i] for i in sorted(total)]
+        return left
+
+    return act
 
 
 def scale(block: Any, which: str, branch: Tensor) -> Tensor:
@@ -322,15 +369,12 @@ def ends_of_embedding(model: Any, name: str) -> Iterator[list[tuple[Tensor, Tens
             noted[0] = (noted[0][0], torch.stack(tables) if tables[0].ndim == 3 else tables[0])
 
 
-@pytest.mark.parametrize("name", TOWERS)
-def test_condensing_between_attention_and_mlp_equals_a_plain_composition_with_gradients(name: str) -> None:
-    model, images, layers, keep = tower(name), pictures(), (0, 2), 7
-    method = shelf.TCA(keep=keep, layers=layers, variant="repo")
+def assert_same_with_gradients(model: Any, name: str, method: Compressor, want: Tensor) -> None:
+    """What a tower ends with under a method is `want`, float[B, M, D] composed by hand, and so are its gradients."""
     weights = [w for w in model.parameters() if w.requires_grad]
     with ends(model, name) as states, compress(model, method):
-        model(images)
-    want = torch.stack([condensed_by_hand(model, name, images[row : row + 1], layers, keep) for row in range(2)])
-    assert states[0].shape == want.shape == (2, prefix_of(name) + keep, WIDTH)
+        model(pictures())
+    assert states[0].shape == want.shape
     assert_close(states[0].detach(), want.detach())
     seed = torch.randn(want.shape, generator=torch.Generator().manual_seed(5))
     got = torch.autograd.grad((states[0] * seed).sum(), weights, allow_unused=True)
@@ -340,17 +384,50 @@ def test_condensing_between_attention_and_mlp_equals_a_plain_composition_with_gr
             assert_close(mine, plain)
 
 
-def test_a_patch_that_leaves_its_block_is_not_in_the_next_one() -> None:
+@pytest.mark.parametrize("name", TOWERS)
+def test_tca_condenses_between_attention_and_mlp_as_a_plain_composition_with_gradients(name: str) -> None:
+    model, layers, keep = tower(name), (0, 2), 7
+    act = tca_by_hand(layers, keep)
+    want = torch.stack([composed_by_hand(model, name, image[None], act) for image in pictures()])
+    assert want.shape[1] == prefix_of(name) + keep
+    assert_same_with_gradients(model, name, shelf.TCA(keep=keep, layers=layers, variant="repo"), want)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_tome_merges_between_attention_and_mlp_as_a_plain_composition_with_gradients(name: str) -> None:
+    """Tokens go by sizes in the means, and by equation 1 in the attention of the blocks behind."""
+    model, keep, found = tower(name), 7, []
+    for image in pictures():
+        sizes = [1.0] * PATCHES
+        found.append(composed_by_hand(model, name, image[None], tome_by_hand(sizes, keep, blocks=3), sizes))
+        assert len(sizes) == keep and max(sizes) > 1 and sum(sizes) == PATCHES
+    assert_same_with_gradients(model, name, shelf.ToMe(keep=keep), torch.stack(found))
+
+
+@pytest.mark.parametrize(
+    ("method", "attention", "mlp"),
+    [
+        (shelf.TCA(keep=7, layers=(0, 2)), [17, 12, 12], [12, 12, 8]),
+        (shelf.ToMe(keep=7), [17, 14, 11], [14, 11, 8]),
+        (shelf.ZeroTPrune(keep=4, layers=(0, 1)), [17, 9, 5], [9, 5, 5]),
+    ],
+    ids=["tca", "tome", "zerotprune"],
+)
+def test_a_patch_that_leaves_between_attention_and_mlp_is_in_neither_from_there_on(
+    method: Compressor, attention: list[int], mlp: list[int]
+) -> None:
     model, images = tower("vit_tiny_patch16_224"), pictures()
-    lengths: dict[str, list[int]] = {"mlp": [], "attention": []}
-    handles = [b.mlp.register_forward_pre_hook(lambda _, a: lengths["mlp"].append(a[0].shape[1])) for b in model.blocks]
-    handles += [b.attn.register_forward_pre_hook(lambda _, a: lengths["attention"].append(a[0].shape[1])) for b in
-                model.blocks]  # fmt: skip
-    with torch.no_grad(), compress(model, shelf.TCA(keep=7, layers=(0, 2))):
+    lengths: dict[str, list[int]] = {"mlp": [], "attn": []}
+    handles = [
+        getattr(block, part).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[1]))
+        for block in model.blocks
+        for part, seen in lengths.items()
+    ]
+    with torch.no_grad(), compress(model, method):
         model(images)
     for handle in handles:
         handle.remove()
-    assert lengths == {"attention": [17, 12, 12], "mlp": [12, 12, 8]}
+    assert lengths == {"attn": attention, "mlp": mlp}
 
 
 # ------------------------------------------------------------------------------------------- one tower, two libraries
@@ -468,8 +545,9 @@ def test_other_blocks_are_refused_or_have_no_place_between_attention_and_mlp() -
     with pytest.raises(UnsupportedError, match="attends by NoneType"):
         attach(model, shelf.TCA())
     model = make_timm("vit_tiny_patch16_224", block_fn=_post_norm())
-    with pytest.raises(UnsupportedError, match="normalised behind"):
-        attach(model, shelf.TCA())
+    for method in (shelf.TCA(), shelf.ToMe(), shelf.ZeroTPrune()):
+        with pytest.raises(UnsupportedError, match="normalised behind"):
+            attach(model, method)
     with torch.no_grad(), compress(model, shelf.FlowCut(keep=0.4)) as session:
         model(pictures())
     assert session.report.tokens_out == [6, 6]
@@ -557,7 +635,7 @@ def _dropped(model: Any, name: str, images: Tensor, count: int) -> Tensor:
 
 def test_parts_that_cut_at_two_places_of_a_block_cannot_be_combined() -> None:
     with pytest.raises(mmtoken.MMTokenError, match="at two places"):
-        shelf.Sequential(parts=(shelf.FlowCut(keep=0.5), shelf.TCA(keep=0.5)))
+        shelf.Sequential(parts=(shelf.FlowCut(keep=0.5), shelf.ToMe(keep=0.5)))
     both = shelf.Sequential(parts=(shelf.TCA(keep=0.5), shelf.DivPrune(keep=0.5)))
     with torch.no_grad(), compress(tower("clip"), both) as session:
         tower("clip")(pictures())

@@ -12,7 +12,7 @@ from mmtoken.classify import zero_shot_logits
 from mmtoken.compressors import TCA, ToMe
 from mmtoken.compressors.base import Compressor
 from mmtoken.errors import InputError, UnsupportedError
-from tests.backbones.test_towers import assert_close, condensed_by_hand
+from tests.backbones.test_towers import assert_close, composed_by_hand, tca_by_hand
 from tests.backbones.tiny_models import build
 from tests.backbones.tiny_towers import make_clip, pictures
 
@@ -55,7 +55,7 @@ def test_a_compressed_towers_logits_equal_a_plain_composition() -> None:
     weights = weights_of(model)
     with torch.no_grad(), compress(model, TCA(keep=7, layers=(0, 2), variant="repo")):
         got = zero_shot_logits(model, images, weights)
-    ends = [condensed_by_hand(model.visual, "clip", image[None], (0, 2), 7) for image in images]
+    ends = [composed_by_hand(model.visual, "clip", image[None], tca_by_hand((0, 2), 7)) for image in images]
     features = torch.stack([model.visual.ln_post(end)[0] @ model.visual.proj for end in ends])
     want = model.logit_scale.exp() * features / features.norm(dim=-1, keepdim=True) @ weights
     assert_close(got, want.detach())

@@ -262,7 +262,7 @@ def act(method: Compressor, tokens: VisualTokens, given: Given) -> VisualTokens:
     if method.trainable:
         given.learned = parts(method, given)
     if "vision_layer" in method.sites:
-        for layer in range(1, given.depth):
+        for layer in range(int(method.tower_cut == "block"), given.depth):
             tokens = method.vision_layer(tokens, layer, given)
     if "project" in method.sites:
         tokens = method.project(tokens, lambda same: same, given)

@@ -33,6 +33,7 @@ from mmtoken.compressors import (
     VideoScan,
     VisionZip,
     VLAPruner,
+    ZeroTPrune,
 )
 from mmtoken.compressors.base import Dims, Positions
 from mmtoken.compressors.compose import check_parts
@@ -251,8 +252,8 @@ def test_what_the_encoder_leaves_is_the_budget_of_the_parts_before_the_decoder()
     assert Sequential(parts=(FlowCut(keep=0.5), VisionZip(keep=0.5))).encoder_keep() == 0.5
     assert Sequential(parts=(FlowCut(keep=0.5), VisionZip(keep=0.5))).vision_keep() == 0.5
     assert THREE.vision_keep() == 1.0
-    assert Sequential(parts=(FlowCut(keep=64), ToMe(keep=0.5))).encoder_keep() == 32
-    assert Sequential(parts=(FlowCut(keep=64), ToMe(keep=100))).encoder_keep() == 64
+    assert Sequential(parts=(ZeroTPrune(keep=64), ToMe(keep=0.5))).encoder_keep() == 32
+    assert Sequential(parts=(ZeroTPrune(keep=64), ToMe(keep=100))).encoder_keep() == 64
     assert Sequential(parts=(FlowCutHR(keep=0.2, spread=2.0), SnapKV())).encoder_keep() == pytest.approx(0.4)
 
 

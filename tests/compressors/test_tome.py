@@ -105,17 +105,22 @@ def test_keys_that_are_not_numbers_are_refused():
         bipartite_soft_matching(metric, 1)
 
 
-@given(total=st.integers(1, 800), last=st.integers(1, 30), keep=st.one_of(st.integers(1, 800), st.floats(0.001, 1.0)))
-def test_the_schedule_falls_evenly_never_asks_for_more_than_half_and_ends_at_the_budget(total, last, keep):
+@given(total=st.integers(1, 800), depth=st.integers(1, 30), keep=st.one_of(st.integers(1, 800), st.floats(0.001, 1.0)))
+def test_the_schedule_falls_evenly_never_asks_for_more_than_half_and_ends_at_the_budget(total, depth, keep):
     method, final = ToMe(keep=keep), kept_count(keep, total)
-    targets = [total, *(method.target(total, layer, last) for layer in range(1, last + 1))]
+    targets = [total, *(method.target(total, layer, depth) for layer in range(depth))]
     assert targets[-1] == final and targets == sorted(targets, reverse=True)
-    for layer in range(1, last + 1):  # what is left can be halved down to the budget in the blocks that remain
-        assert final <= targets[layer] <= final * 2 ** (last - layer)
-    reachable = final * 2 ** (last - 1)
-    if reachable >= total - round((total - final) / last):
+    for layer in range(depth):  # what a block leaves can be halved down to the budget in the blocks that remain
+        assert final <= targets[layer + 1] <= final * 2 ** (depth - 1 - layer)
+    reachable = final * 2 ** (depth - 1)
+    if reachable >= total - round((total - final) / depth):
         # Evenly as long as halving keeps up.
-        assert abs((total - targets[1]) - (total - final) / last) <= 1
+        assert abs((total - targets[1]) - (total - final) / depth) <= 1
+
+
+def test_every_block_merges_the_same_number_the_first_and_the_last_one_too():
+    assert [ToMe(keep=16).target(64, layer, 8) for layer in range(8)] == [58, 52, 46, 40, 34, 28, 22, 16]
+    assert [ToMe(keep=4).target(64, layer, 4) for layer in range(4)] == [32, 16, 8, 4]  # by half, where more is asked
 
 
 @settings(deadline=None, max_examples=30)
@@ -141,7 +146,8 @@ def test_the_most_similar_pair_merges_and_the_odd_one_keeps_its_place():
     assert torch.equal(left.features[0, [0, 2, 3, 4]], tokens.features[0, [0, 2, 3, 5]])
 
 
-def test_a_single_pair_of_blocks_reaches_any_budget():
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_tower_of_few_blocks_reaches_any_budget(depth):
     tokens, context = make([24, 17], 2)
-    context.depth = 2
+    context.depth = depth
     assert act(ToMe(keep=1), tokens, context).counts() == [1, 1]

@@ -169,7 +169,7 @@ def test_counts_are_exact_at_every_cut_and_order_is_kept(keep: int | float, orde
     tokens, context = make([20, 7], separators=True)
     before = tokens.counts()
     left = tokens
-    for layer in range(1, 6):
+    for layer in range(6):
         left = method.vision_layer(left, layer, context)
         stage = {1: 0, 3: 1, 4: 2}.get(layer)
         if stage is not None:
@@ -201,15 +201,15 @@ def test_the_first_pass_ranks_only_and_the_second_sees_what_is_left(monkeypatch:
     context.depth = 12
     ZeroTPrune(keep=0.5, layers=(2,), similar=3).vision_layer(tokens, 2, context)
     assert context.scores is found[1]  # what the report shows
-    ZeroTPrune(keep=0.5, layers=(2,), similar=3, order="I-S").vision_layer(tokens, 2, context)
+    ZeroTPrune(keep=0.5, layers=(3,), similar=3, order="I-S").vision_layer(tokens, 3, context)
     assert context.scores is found[2]
-    assert calls == [([20], 1), ([17], 30), ([20], 30)]
+    assert calls == [([20], 1), ([17], 30), ([20], 5)]
 
 
 def test_rounds_fall_with_depth_and_places_scale() -> None:
     method = ZeroTPrune()
     assert method.cuts(12) == (1, 3, 6, 9, 11) and method.cuts(24) == (2, 6, 12, 18, 22)
-    assert [method._rounds(cut - 1, 12) for cut in method.cuts(12)] == [30, 30, 5, 5, 1]
+    assert [method._rounds(cut, 12) for cut in method.cuts(12)] == [30, 5, 5, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["clip_vision", "siglip_vision"])
@@ -231,7 +231,7 @@ def test_keeping_all_is_the_plain_tower_to_the_bit_and_images_do_not_know_each_o
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("layers", value) for value in ((), (0,), (2, 1), (1, True), "12", 3)),
+        *(("layers", value) for value in ((), (-1,), (2, 1), (1, True), "12", 3)),
         *(("similar", value) for value in (-1, True, 1.0)),
         *(("rounds", value) for value in ((30, 5), (30, 5, 0), None, 5, (30, 5, 1.0))),
         *(("tolerance", value) for value in (-1, "0", True, math.nan)),

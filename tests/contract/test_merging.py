@@ -326,33 +326,48 @@ def merge_plainly(
     return ids
 
 
+@torch.no_grad()
+def behind_attention(block: Any, entered: Tensor, attention: Tensor) -> Tensor:
+    """What a block of a dense tower holds behind its attention, which InternVL scales."""
+    return entered + getattr(block, "lambda_1", 1.0) * attention
+
+
+@torch.no_grad()
+def through_mlp(block: Any, hidden: Tensor) -> Tensor:
+    """What a block puts out for float[n, D] behind its attention."""
+    norm = getattr(block, "layernorm_after", None) or block.layer_norm2
+    return hidden + getattr(block, "lambda_2", 1.0) * block.mlp(norm(hidden))
+
+
 @pairs(["tome", "tome-count"], DENSE)
-def test_tome_merges_between_blocks_as_its_formulas_say(name: str, cell: Cell) -> None:
+def test_tome_merges_between_attention_and_mlp_as_its_formulas_say(name: str, cell: Cell) -> None:
     family, method = cell[0], COMPRESSORS[name]
     model, inputs = tiny(family), batch(cell, "plain")
     blocks, prefix, unit = read_blocks(model, cell[1]), int(family in CLS), unit_of(model)
-    entered: list[tuple[Tensor, Any]] = []
+    entered: list[Tensor] = []
+    attended: list[Tensor] = []
     left: list[Tensor] = []
     keys: list[Tensor] = []
-
     masks: list[Any] = []
 
-    def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(args[0])
+    def first(output: Any) -> Tensor:
+        return output if isinstance(output, Tensor) else output[0]
 
     def masking(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         masks.append(kwargs.get("attention_mask"))
 
     with compress(model, method) as session:
-        handles = [block.register_forward_pre_hook(entering, with_kwargs=True) for block in blocks]
-        handles += [
-            block.register_forward_hook(lambda m, a, out: left.append(out if isinstance(out, Tensor) else out[0]))
-            for block in blocks
-        ]
-        handles += [attention_in(block).register_forward_pre_hook(masking, with_kwargs=True) for block in blocks]
-        handles += [
-            attention_in(block).k_proj.register_forward_hook(lambda m, a, out: keys.append(out)) for block in blocks
-        ]
+        handles = []
+        for block in blocks:
+            attention = attention_in(block)
+            handles += [
+                # A copy: what is merged is written into the sequence that holds the residual.
+                block.register_forward_pre_hook(lambda m, args: entered.append(args[0].clone())),
+                block.register_forward_hook(lambda m, args, out: left.append(first(out))),
+                attention.register_forward_pre_hook(masking, with_kwargs=True),
+                attention.register_forward_hook(lambda m, args, out: attended.append(first(out).clone())),
+                attention.k_proj.register_forward_hook(lambda m, args, out: keys.append(out)),
+            ]
         logits(model, inputs)
         for handle in handles:
             handle.remove()
@@ -364,28 +379,29 @@ def test_tome_merges_between_blocks_as_its_formulas_say(name: str, cell: Cell) -
         for tx in range(side // unit)
     }
     final = count_of(method.keep, tokens, 1)
-    last = len(blocks) - 1
-    heads = model.config.vision_config.num_attention_heads
+    depth, heads = len(blocks), model.config.vision_config.num_attention_heads
     for tile in range(entered[0].shape[0]):
         ids, sizes = list(range(tokens)), dict.fromkeys(range(tokens), 1.0)
-        for number in range(1, len(blocks)):
-            target = tokens - math.floor((tokens - final) * number / last + 0.5)
-            target = max(final, min(target, final * 2 ** (last - number)))
-            # patches lie in raster order
-            at = {patch: prefix + i for i, patch in enumerate(sorted(itertools.chain(*(members[i] for i in ids))))}
-            mean = keys[number - 1][tile].unflatten(-1, (heads, -1)).mean(-2)
-            values = {i: torch.cat([left[number - 1][tile, at[patch]] for patch in members[i]]) for i in ids}
-            metric = {i: torch.cat([mean[at[patch]] for patch in members[i]]) for i in ids}
-            ids = merge_plainly(ids, values, metric, sizes, target, rounds=9 if number == last else 1)
-            patches = {}
-            for i in ids:
-                patches |= dict(zip(members[i], values[i].chunk(unit * unit), strict=True))
-            hidden, mask = entered[number], masks[number]
-            assert_close(hidden[tile, prefix:], torch.stack([patches[patch] for patch in sorted(patches)]))
+        for number, block in enumerate(blocks):
             # equation 1: attention to a merged token weighs as much as the tokens it stands for
             of_patch = {patch: sizes[i] for i in ids for patch in members[i]}
             bias = torch.tensor([0.0] * prefix + [math.log(of_patch[patch]) for patch in sorted(of_patch)])
             if len(ids) < tokens:
-                assert_close(mask[tile, 0], bias.expand(len(bias), -1))
+                assert_close(masks[number][tile, 0], bias.expand(len(bias), -1))
+            target = tokens - math.floor((tokens - final) * (number + 1) / depth + 0.5)
+            target = max(final, min(target, final * 2 ** (depth - 1 - number)))
+            # patches lie in raster order
+            at = {patch: prefix + i for i, patch in enumerate(sorted(of_patch))}
+            mean = keys[number][tile].unflatten(-1, (heads, -1)).mean(-2)
+            hidden = behind_attention(block, entered[number][tile], attended[number][tile])
+            values = {i: torch.cat([hidden[at[patch]] for patch in members[i]]) for i in ids}
+            metric = {i: torch.cat([mean[at[patch]] for patch in members[i]]) for i in ids}
+            ids = merge_plainly(ids, values, metric, sizes, target, rounds=9 if number == depth - 1 else 1)
+            patches = {}
+            for i in ids:
+                patches |= dict(zip(members[i], values[i].chunk(unit * unit), strict=True))
+            short = torch.cat([hidden[:prefix], torch.stack([patches[patch] for patch in sorted(patches)])])
+            assert_close(left[number][tile], through_mlp(block, short))
+        assert len(ids) == final
     assert all(out == final for out in session.report.sites[-1].tokens_out)
     assert oracle.hook_count(model) == 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
 from mmtoken import compress
-from mmtoken.compressors.base import Compressor, Context, Need, Positions
+from mmtoken.compressors.base import Compressor, Context, Need, Positions, TowerCut
 from mmtoken.errors import UnsupportedError
 from mmtoken.tokens import VisualTokens
 from tests import oracle
@@ -24,7 +24,7 @@ from tests.engine.agreement import assert_close, tiny
 
 @dataclass(frozen=True)
 class Thin(Compressor):
-    """Leaves every `step`-th token when block `layer` begins."""
+    """Leaves every `step`-th token when block `layer` begins, or behind its attention (`ThinBetween`)."""
 
     keep: float = 1.0
     positions: Positions = "keep"
@@ -34,6 +34,10 @@ class Thin(Compressor):
 
     def vision_layer(self, tokens: VisualTokens, layer: int, ctx: Context) -> VisualTokens:
         return tokens.where(tokens.source % self.step == self.offset) if layer == self.layer else tokens
+
+
+class ThinBetween(Thin):
+    tower_cut: ClassVar[TowerCut] = "mlp"
 
 
 Hook = Callable[..., Any]
@@ -76,9 +80,14 @@ def hide_patches(keep: Tensor) -> Hook:
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("thin", "layer"), [*((Thin, layer) for layer in (1, 2, 3)), *((ThinBetween, layer) for layer in (0, 1, 2, 3))]
+)
 @pytest.mark.parametrize(("name", "prefix"), [("clip_vision", 1), ("siglip_vision", 0)])
-def test_a_bare_tower_equals_the_one_with_masked_keys(name: str, prefix: int, layer: int, attn: str) -> None:
+def test_a_bare_tower_equals_the_one_with_masked_keys(
+    name: str, prefix: int, thin: type[Thin], layer: int, attn: str
+) -> None:
+    """What leaves behind the attention of a block is hidden from the next block on, and gone from its own output."""
     model = build(name, attn)
     size = model.config.image_size
     pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(2))
@@ -89,9 +98,9 @@ def test_a_bare_tower_equals_the_one_with_masked_keys(name: str, prefix: int, la
     blocks = list(model._modules.get("vision_model", model).encoder.layers)
     read = len(blocks) - 1 - prefix  # the block whose output VLMs read; nothing acts behind it
     with torch.no_grad():
-        with compress(model, Thin(layer=layer)) as session:
+        with compress(model, thin(layer=layer)) as session:
             got = model(pixels, output_hidden_states=True)
-        with hooked(blocks[layer:], hide_patches(keep), before=True):
+        with hooked(blocks[layer + (thin is ThinBetween) :], hide_patches(keep), before=True):
             want = model(pixels, output_hidden_states=True)
     if layer > read:
         assert session.report.tokens_out == [patches] * 3
@@ -124,10 +133,13 @@ def image_features(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     return [part.reshape(-1, part.shape[-1]) for part in out.pooler_output]
 
 
+@pytest.mark.parametrize("thin", [Thin, ThinBetween])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", ["plain", "padded_ragged", "multi_image"])
 @pytest.mark.parametrize("family", ["llava", "idefics3", "smolvlm", "internvl"])
-def test_kept_features_of_a_model_equal_its_tower_with_masked_keys(family: str, case: str, attn: str) -> None:
+def test_kept_features_of_a_model_equal_its_tower_with_masked_keys(
+    family: str, case: str, attn: str, thin: type[Thin]
+) -> None:
     """Idefics3 drops squares of patches, because its projector puts squares together; masks of padded tiles hold."""
     model = tiny(family, attn)
     batch = inputs(model, family, "image", case)
@@ -139,7 +151,7 @@ def test_kept_features_of_a_model_equal_its_tower_with_masked_keys(family: str, 
     left = torch.cat([torch.ones(prefix, dtype=torch.bool), token % 2 == 0])
     seen: list[Tensor] = []
     with torch.no_grad():
-        with compress(model, Thin(layer=1)) as session:
+        with compress(model, thin(layer=int(thin is Thin))) as session:
             got = torch.cat(image_features(model, batch))
             model(**oracle.clone(batch))
         with (
@@ -181,10 +193,13 @@ def packed_attention(keep: Tensor) -> Hook:
     return hook
 
 
+@pytest.mark.parametrize("method", [Thin, ThinBetween])
 @pytest.mark.parametrize("modality", ["image", "video"])
 @pytest.mark.parametrize("case", ["single", "ragged", "multi_image"])
 @pytest.mark.parametrize("family", QWEN)
-def test_kept_features_of_packed_towers_equal_masked_keys(family: str, case: str, modality: str) -> None:
+def test_kept_features_of_packed_towers_equal_masked_keys(
+    family: str, case: str, modality: str, method: type[Thin]
+) -> None:
     model = tiny(family)
     batch = inputs(model, family, modality, case)
     grids = batch[f"{modality}_grid_thw"]
@@ -210,7 +225,7 @@ def test_kept_features_of_packed_towers_equal_masked_keys(family: str, case: str
         assert_close(formula.pooler_output, plain.pooler_output)  # the reference is the tower where nothing is hidden
         want = run(rows, 2)
         assert oracle.max_error(want.pooler_output[thin], plain.pooler_output[thin]) > 1e-2
-        with compress(model, Thin(layer=2, step=3, offset=1)) as session:
+        with compress(model, method(layer=1 + (method is Thin), step=3, offset=1)) as session:
             got = visual(pixels, grid_thw=grids)
             model(**oracle.clone(batch))
     assert got.pooler_output.shape == want.pooler_output.shape

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from mmtoken import compress
-from mmtoken.compressors import DivPrune, FastV, PyramidDrop, ToMe, UniformGrid, VisionZip
+from mmtoken.backbones.registry import adapt
+from mmtoken.compressors import (
+    TCA,
+    DivPrune,
+    FastV,
+    FlowCut,
+    PyramidDrop,
+    ToMe,
+    UniformGrid,
+    VisionZip,
+    ZeroTPrune,
+)
 from mmtoken.compressors.base import Compressor
 from mmtoken.errors import UnsupportedError
 from tests import oracle
@@ -118,13 +129,50 @@ def test_gradient_checkpointing_changes_nothing_or_is_refused(family: str, reent
 def test_checkpointing_the_tower_changes_nothing_or_is_refused(family: str, reentrant: bool) -> None:
     model = build(family)
     _, batch, labels = trained(family, "image", "left")
-    want, _ = compressed(model, ToMe(keep=0.6), batch, labels)
+    want, _ = compressed(model, FlowCut(keep=0.6), batch, labels)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.train()
     if checkpoints_around_hooks():
         with pytest.raises(UnsupportedError, match="gradient_checkpointing=True"):
-            compressed(model, ToMe(keep=0.6), batch, labels)
+            compressed(model, FlowCut(keep=0.6), batch, labels)
     else:
+        got, _ = compressed(model, FlowCut(keep=0.6), batch, labels)
+        assert_same_gradients(got, want)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "method", [ToMe(keep=0.6), ZeroTPrune(keep=0.6), TCA(keep=0.6)], ids=lambda m: type(m).__name__
+)
+def test_checkpointing_a_tower_cut_inside_its_blocks_is_refused_and_elsewhere_served(
+    family: str, method: Compressor
+) -> None:
+    """A block is computed again after the call, without the cut."""
+    model = build(family)
+    _, batch, labels = trained(family, "image", "left")
+    want, _ = compressed(model, method, batch, labels)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    with pytest.raises(UnsupportedError, match="gradient_checkpointing=True"):
+        compressed(model, method, batch, labels)
+    tower = adapt(model).tower()
+    assert tower is not None
+    for block in tower.blocks:
+        block.gradient_checkpointing = False  # type: ignore[assignment]
+    text = oracle.text_model(model)
+    assert text.gradient_checkpointing or text.layers[0].gradient_checkpointing
+    got, _ = compressed(model, method, batch, labels)
+    assert_same_gradients(got, want)
+
+
+def test_a_checkpointed_tower_without_gradients_is_not_computed_again() -> None:
+    model = build("qwen3_vl")
+    _, batch, labels = trained("qwen3_vl", "image", "left")
+    model.base_model.visual.requires_grad_(False)
+    want, _ = compressed(model, ToMe(keep=0.6), batch, labels)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    if not checkpoints_around_hooks():
         got, _ = compressed(model, ToMe(keep=0.6), batch, labels)
         assert_same_gradients(got, want)
 
