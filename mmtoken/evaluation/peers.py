@@ -16,7 +16,7 @@ import sys
 import tempfile
 import venv
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,120 +24,50 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmtoken
 from mmtoken.errors import MMTokenError
-from mmtoken.evaluation.peer_formulas import Reference, reference
+from mmtoken.evaluation.peer_formulas import DENSE, Reference
+from mmtoken.evaluation.peer_subjects import PEERS, Methods, Subject
 from mmtoken.evaluation.tables import Table
 from mmtoken.evaluation.timing import Summary, environment, paired
 from mmtoken.wholefile import check_target, whole_file
 
 SCHEMA_VERSION = 1
-OURS, DENSE = "mmtoken", "dense"
+OURS = "mmtoken"
 SIDE = Path(__file__).with_name("peer_side.py")
-
-METHODS: dict[str, dict[str, Any]] = {
-    "SnapKV": {"window": 64, "kernel": 5},
-    "ExpectedAttention": {"future": 512, "sinks": 4},
-    "TOVA": {},
-    "KeyDiff": {},
-    "Knorm": {},
-}
-"""What both sides have: name -> settings, the official defaults."""
-
-PROBES = (
-    "keep nothing",
-    "a prompt shorter than the window",
-    "static cache",
-    "prompt lookup decoding",
-    "prefill in chunks",
-)
-"""Further cases, of the first method: how a side answers them."""
-
-ROWS = (384, 320, 240, 160)
-"""Lengths of the prompts; together they are the padded batch. Half of the shortest holds SnapKV's window."""
 
 TIMED = ("row 0", "padded")
 BATCHES = {"alone": "batch 1", "even": "batch 4, no padding", "padded": "batch 4, padded"}
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A library that is compared.
-
-    Attributes:
-        requirements: what pip installs.
-        distributions: whose versions are told.
-        accepts: its range of transformers, as its metadata has it.
-        more: what it does that mmtoken does not.
-        less: what mmtoken does that it does not, of what was compared here.
-    """
-
-    requirements: tuple[str, ...]
-    distributions: tuple[str, ...]
-    accepts: str
-    more: str
-    less: str
-
-
-PEERS: dict[str, Peer] = {
-    "kvpress": Peer(
-        ("kvpress==0.5.5", "transformers==5.2.0", f"torch=={torch.__version__.partition('+')[0]}"),
-        ("kvpress",),
-        "at least 4.56, below 5.3",
-        "about forty presses for caches of text models, mmtoken has these five; wrappers that combine presses, budgets "
-        "per head and per layer; compression while decoding; quantized caches; a pipeline that leaves the question out "
-        "of the compression and answers several; a benchmark suite for long texts.",
-        "a budget for the visual tokens only, per image (its default; here it counts whole prompts, as the peer does); "
-        "methods that drop visual tokens before and between the layers of vision-language models.",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of the random Llama."""
-
-    hidden_size: int = 256
-    intermediate_size: int = 512
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    vocab_size: int = 512
-    initializer_range: float = 0.15
-
-
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-def write_task(folder: Path, task: Mapping[str, Any], rows: Sequence[int], size: Size, seed: int = 0) -> None:
-    """The model, prompts int[n] and task.json in `folder`; no global generator is touched.
-
-    No token comes twice in a prompt, nor does the padding id: in the first layer keys of equal tokens are equally long.
-    """
+def write_task(folder: Path, task: Mapping[str, Any], rows: Sequence[int], subject: Subject, seed: int = 0) -> None:
+    """The model, the inputs and task.json in `folder`; no global generator is touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**asdict(size), bos_token_id=None, eos_token_id=None, pad_token_id=0))
-        prompts = [torch.randperm(size.vocab_size - 1)[:length] + 1 for length in rows]
+        model, inputs = subject.model(), subject.inputs(rows)
     model.save_pretrained(folder / "model")
-    save_file({f"row{number}": prompt for number, prompt in enumerate(prompts)}, folder / "inputs.safetensors")
+    save_file(inputs, folder / "inputs.safetensors")
     (folder / "task.json").write_text(json.dumps(task))
 
 
-def beyond_range(python: Path, folder: Path, transformers: str) -> dict[str, Any]:
+def beyond_range(python: Path, folder: Path, transformers: str, source: Path | None = None) -> dict[str, Any]:
     """Whether the task's library runs one prompt with another version of transformers, which pip lays over its own.
 
     Args:
         python: the library's interpreter.
         folder: of the task.
         transformers: the version.
+        source: checkout of the library, if it is not installed.
     """
     overlay = folder / "overlay"
     _pip(python, "--target", str(overlay), f"transformers=={transformers}")
     changes = {"compare": True, "probes": ["one prompt"], "equality": False, "timed": [], "rounds": 0}
     try:
-        found, _ = run_side(python, folder, overlay, **changes)
+        found, _ = run_side(python, folder, overlay, *[source] * (source is not None), **changes)
     except MMTokenError as error:
         return {"transformers": transformers, "found": {"error": str(error)}}
     return {"transformers": found["versions"]["transformers"], "found": found["probes"]["one prompt"]}
@@ -170,9 +100,9 @@ def _pip(python: Path, *what: str) -> None:
 
 
 def run_side(
-    python: Path, folder: Path, first: Path | None = None, /, **changes: Any
+    python: Path, folder: Path, *first: Path, **changes: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Let one side do the task in `folder` with `changes` to it; packages in the folder `first` go before others.
+    """Let one side do the task in `folder` with `changes` to it; packages in the folders `first` go before others.
 
     Returns:
         What it found, and its tensors.
@@ -183,7 +113,8 @@ def run_side(
     task = {**json.loads((folder / "task.json").read_text()), **changes}
     (folder / "task.json").write_text(json.dumps(task))
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    variables["PYTHONPATH"] = str(Path(mmtoken.__file__).parents[1] if task["library"] == OURS else first or "")
+    paths = [Path(mmtoken.__file__).parents[1]] if task["library"] == OURS else [path.absolute() for path in first]
+    variables["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     done = subprocess.run([python, "-P", SIDE, folder], capture_output=True, text=True, env=variables)
     if done.returncode:
         raise MMTokenError(f"library={task['library']!r}: its run failed. It said: {done.stderr[-600:]}")
@@ -196,12 +127,16 @@ def measure(
     *,
     turns: int = 4,
     rounds: int = 2,
-    methods: Mapping[str, dict[str, Any]] = METHODS,
-    rows: Sequence[int] = ROWS,
-    size: Size = Size(),
-    probes: Sequence[str] = PROBES,
+    subject: Subject,
+    methods: Methods,
+    rows: Sequence[int],
+    keep: float,
+    probes: Sequence[str],
     requirements: Sequence[str] = (),
     distributions: Sequence[str] = (),
+    source: Path | None = None,
+    commit: str = "",
+    own: bool = False,
     beyond: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -212,12 +147,16 @@ def measure(
         python: interpreter that has it.
         turns: how often each side is started, one after the other.
         rounds: measured rounds per start, after one that is thrown away.
+        subject: the model and its formulas.
         methods: name -> settings, of what is compared.
         rows: lengths of the prompts.
-        size: of the model.
+        keep: share that stays.
         probes: further cases.
         requirements: what its environment was made of.
         distributions: whose versions the peer's side tells.
+        source: checkout of the peer, where it is not installed.
+        commit: what this checkout is.
+        own: the peer's formulas differ from the published ones; it is held against both.
         beyond: another version of transformers that the peer is tried on.
         progress: told about every turn.
 
@@ -226,35 +165,54 @@ def measure(
     """
     load = [round(os.getloadavg()[0], 2)]
     task: dict[str, Any] = {
-        "library": OURS, "methods": dict(methods), "keep": 0.5, "new_tokens": 8, "timed_tokens": 16,
+        "library": OURS, "methods": dict(methods), "keep": keep, "new_tokens": 8, "timed_tokens": 16,
         "equality": True, "timed": list(TIMED), "probes": list(probes), "rounds": rounds, "distributions": [],
     }  # fmt: skip
-    sides = {OURS: (Path(sys.executable), []), peer: (python, list(distributions))}
+    checkout = [] if source is None else [source]
+    sides = {OURS: (Path(sys.executable), [], []), peer: (python, checkout, list(distributions))}
     found: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Tensor]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_task(folder, task, rows, size)
+        write_task(folder, task, rows, subject)
         for turn in range(turns):
             for side in list(sides)[:: 1 if turn % 2 else -1]:
-                interpreter, told = sides[side]
-                more, values = run_side(interpreter, folder, library=side, distributions=told, compare=turn == 0)
+                interpreter, first, told = sides[side]
+                more, values = run_side(
+                    interpreter, folder, *first, library=side, distributions=told, compare=turn == 0
+                )
                 if turn == 0:
                     found[side], tensors[side] = more, values
                 else:
                     found[side]["seconds"] += more["seconds"]
             progress(f"peers: turn {turn + 1} of {turns}")
-        outside = None if beyond is None else beyond_range(python, folder, beyond)
-        model = LlamaForCausalLM.from_pretrained(folder / "model").eval()
+        outside = None if beyond is None else beyond_range(python, folder, beyond, source)
+        model = type(subject.model()).from_pretrained(folder / "model").eval()
         inputs = load_file(folder / "inputs.safetensors")
-        prompts = [inputs[f"row{number}"] for number in range(len(rows))]
-        wanted = {
+
+    def formulas(own: bool) -> dict[str, dict[str, list[Reference]]]:
+        return {
             name: {
-                what: [reference(model, row, name, settings, task["keep"], task["new_tokens"]) for row in some]
-                for what, some in (("rows", prompts), ("even", [row[: min(rows)] for row in prompts]))
+                what: [
+                    subject.reference(model, inputs, row, length, (name, settings), keep, task["new_tokens"], own)
+                    for row, length in enumerate(lengths)
+                ]
+                for what, lengths in (("rows", rows), ("even", [min(rows)] * len(rows)))
             }
             for name, settings in {DENSE: {}, **methods}.items()
         }
+
+    wanted = formulas(own=False)
+    theirs = formulas(own=True) if own else {}
+
+    def compared(side: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: equality(
+                name, wanted[name], wanted[DENSE], tensors[side], found[side]["errors"], subject.first_read
+            )
+            for name in methods
+        }
+
     load.append(round(os.getloadavg()[0], 2))
     where = environment(torch.device("cpu"))
     return {
@@ -263,10 +221,11 @@ def measure(
         "peer": peer,
         "requirements": list(requirements),
         "beyond": outside,
-        "weights": "random, tiny Llama; says nothing about accuracy",
+        "commit": commit,
+        "weights": "random and tiny; says nothing about accuracy",
         "environment": {name: where[name] for name in ("device", "clock", "platform")},
         "load_average": load,
-        "size": asdict(size),
+        "size": asdict(subject),  # type: ignore[call-overload]
         "rows": list(rows),
         "keep": task["keep"],
         "new_tokens": task["new_tokens"],
@@ -277,10 +236,8 @@ def measure(
             side: {
                 "versions": found[side]["versions"],
                 "python": found[side]["python"],
-                "equality": {
-                    name: equality(name, wanted[name], wanted[DENSE], tensors[side], found[side]["errors"])
-                    for name in methods
-                },
+                "equality": compared(side, wanted),
+                "own": compared(side, theirs) if theirs and side == peer else {},
                 "probes": found[side]["probes"],
                 "cost": cost(found[side]),
             }
@@ -298,6 +255,7 @@ def equality(
     dense: Mapping[str, Sequence[Reference]],
     tensors: Mapping[str, Tensor],
     errors: Mapping[str, Mapping[str, str]],
+    first: int = 1,
 ) -> dict[str, Any]:
     """How the outputs of one side with one method compare with the formula.
 
@@ -306,14 +264,15 @@ def equality(
         wanted: what the formula gives, for the "rows" and for those cut to one length ("even").
         dense: what the unmodified model gives: how much there is to get wrong.
         tensors, errors: what the side found.
+        first: the first token whose logits read what was kept.
 
     Returns:
         For each of `BATCHES`: rows, rows whose tokens are equal, the largest difference of the logits that first read
-        the compressed cache; or the error. "kept": cached entries that are the formula's. "dense": the largest such
+        what was kept; or the error. "kept": cached entries that are the formula's. "dense": the largest such
         difference between the formula and the unmodified model.
     """
     alone = [f"row {number}" for number in range(len(wanted["rows"]))]
-    result: dict[str, Any] = {"dense": _apart(wanted["rows"], [row.logits for row in dense["rows"]])}
+    result: dict[str, Any] = {"dense": _apart(wanted["rows"], [row.logits for row in dense["rows"]], first)}
     failed = errors.get(name, {})
     for what, names in (("alone", alone), ("even", ["even"]), ("padded", ["padded"])):
         broken = [failed[batch] for batch in names if batch in failed]
@@ -324,7 +283,7 @@ def equality(
         logits = [row for batch in names for row in tensors[f"{name}.{batch}.logits"]]
         tokens = [row for batch in names for row in tensors[f"{name}.{batch}.tokens"]]
         same = sum(torch.equal(got, row.tokens) for got, row in zip(tokens, rows, strict=True))
-        result[what] = {"rows": len(rows), "rows_equal": same, "logits": _apart(rows, logits)}
+        result[what] = {"rows": len(rows), "rows_equal": same, "logits": _apart(rows, logits, first)}
     if "error" not in result["alone"]:
         pairs = [(tensors[f"{name}.{batch}.kept"], row.kept) for batch, row in zip(alone, wanted["rows"], strict=True)]
         result["kept"] = {
@@ -334,9 +293,9 @@ def equality(
     return result
 
 
-def _apart(wanted: Sequence[Reference], logits: Sequence[Tensor]) -> float:
-    """Largest difference of the second token's logits: the first ones that read what is left of the cache."""
-    return max(float((got[1] - want.logits[1]).abs().max()) for got, want in zip(logits, wanted, strict=True))
+def _apart(wanted: Sequence[Reference], logits: Sequence[Tensor], token: int) -> float:
+    """Largest difference of the logits of one generated token."""
+    return max(float((got[token] - want.logits[token]).abs().max()) for got, want in zip(logits, wanted, strict=True))
 
 
 def _shared(got: Tensor, want: Tensor) -> int:
