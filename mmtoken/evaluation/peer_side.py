@@ -164,7 +164,10 @@ class Side:
         rows = [inputs[f"row{number}"] for number in range(sum(name.startswith("row") for name in inputs))]
         pictures = [inputs[f"pixels{number}"] for number in range(len(rows))] if "pixels0" in inputs else []
         loader = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
-        self.model = loader.from_pretrained(folder / "model", dtype=torch.float32).eval()
+        model, told = loader.from_pretrained(folder / "model", dtype=torch.float32, output_loading_info=True)
+        if told["missing_keys"]:
+            raise ValueError(f"weights that this version of transformers does not find: {told['missing_keys']}")
+        self.model = model.eval()
         shortest = min(map(len, rows))
         self.batches = {
             f"row {number}": padded([row], pictures[number : number + 1]) for number, row in enumerate(rows)

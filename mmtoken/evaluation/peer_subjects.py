@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
@@ -42,6 +44,9 @@ class Subject(Protocol):
     def model(self) -> Any:
         """The model; draws from the global generator."""
 
+    def save(self, model: Any, folder: Path) -> None:
+        """As a checkpoint that all versions of transformers read."""
+
     def inputs(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """row0, row1, ... int[n], prompts of these lengths, and what else each needs; draws likewise."""
 
@@ -76,11 +81,12 @@ class Size:
     def model(self) -> Any:
         return LlamaForCausalLM(self.config())
 
+    def save(self, model: Any, folder: Path) -> None:
+        model.save_pretrained(folder)
+
     def inputs(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """No token comes twice in a prompt, nor does the padding id: keys of equal tokens are equally long."""
-        return {
-            f"row{number}": torch.randperm(self.vocab_size - 1)[:length] + 1 for number, length in enumerate(rows)
-        }
+        return {f"row{number}": torch.randperm(self.vocab_size - 1)[:length] + 1 for number, length in enumerate(rows)}
 
     def reference(
         self, model: Any, inputs: Mapping[str, Tensor], row: int, length: int, method: tuple[str, dict[str, Any]],
@@ -125,6 +131,18 @@ class PictureSize:
         )
         return LlavaForConditionalGeneration(config)
 
+    def save(self, model: Any, folder: Path) -> None:
+        """With the names that published checkpoints have: those that new versions write are unknown to old ones."""
+        model.save_pretrained(folder)
+        weights, tower = load_file(folder / "model.safetensors"), "vision_tower."
+        longer = {
+            f"{tower}vision_model.{name.removeprefix(tower).removeprefix('vision_model.')}"
+            if name.startswith(tower)
+            else name: weight
+            for name, weight in weights.items()
+        }
+        save_file(longer, folder / "model.safetensors", metadata={"format": "pt"})
+
     def inputs(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """row0, ... int[n]; pixels0, ... float[3, S, S]."""
         found = {}
@@ -154,6 +172,7 @@ class Peer:
     """A library that is compared.
 
     Attributes:
+        title: its name.
         requirements: what pip installs.
         distributions: whose versions are told.
         accepts: its range of transformers, as its metadata has it.
@@ -163,13 +182,14 @@ class Peer:
         methods: what is compared.
         rows: lengths of the prompts; together they are the padded batch.
         keep: share that stays.
-        kept: of what, for the page.
+        kept, counted, formulas: for the page: of what that share is, what counts as kept, the formulas' file.
         probes: further cases, of the first method: how a side answers them.
         source: where a checkout of it comes from, if no release has what is compared.
         departs: how its formulas differ from the published ones.
         page: where results and page go.
     """
 
+    title: str
     requirements: tuple[str, ...]
     distributions: tuple[str, ...]
     accepts: str
@@ -180,6 +200,8 @@ class Peer:
     rows: tuple[int, ...]
     keep: float
     kept: str
+    counted: str
+    formulas: str
     probes: tuple[str, ...]
     page: str
     source: str = ""
@@ -190,6 +212,7 @@ TORCH = f"torch=={torch.__version__.partition('+')[0]}"
 
 PEERS: dict[str, Peer] = {
     "kvpress": Peer(
+        title="kvpress",
         requirements=("kvpress==0.5.5", "transformers==5.2.0", TORCH),
         distributions=("kvpress",),
         accepts="at least 4.56, below 5.3",
@@ -203,6 +226,8 @@ PEERS: dict[str, Peer] = {
         rows=(384, 320, 240, 160),  # half of the shortest holds SnapKV's window
         keep=0.5,
         kept="of n entries of every head stay, counted over the whole prompt",
+        counted="cached entries that the formula keeps too, over all prompts, layers and heads",
+        formulas="peer_formulas.py",
         probes=(
             "keep nothing",
             "a prompt shorter than the window",
@@ -213,6 +238,7 @@ PEERS: dict[str, Peer] = {
         page="peers",
     ),
     "angelslim": Peer(
+        title="AngelSlim",
         requirements=("transformers==5.0.0", TORCH, "PyYAML"),
         distributions=(),
         accepts="5.0.0 for its token compressor (`requirements/requirememts_token_compressor.txt`)",
@@ -227,6 +253,9 @@ PEERS: dict[str, Peer] = {
         rows=(384, 340, 310, 280),
         keep=0.25,
         kept="of n visual tokens stay; those kept keep their positions",
+        counted="visual tokens that the formula keeps too, over all prompts and heads, in the first layer "
+        "that has less than all of them",
+        formulas="peer_visual_formulas.py",
         probes=(
             "keep nothing",
             "a prompt without a picture",

@@ -38,7 +38,9 @@ class Decoder:
         normed: Tensor = self.model.model.language_model.norm(hidden)
         return normed
 
-    def run(self, hidden: Tensor, places: Tensor, cache: Any, cut: int = -1, stay: Tensor | None = None) -> list[Tensor]:
+    def run(
+        self, hidden: Tensor, places: Tensor, cache: Any, cut: int = -1, stay: Tensor | None = None
+    ) -> list[Tensor]:
         """float[n, D] entering each layer, and leaving the last; fills the cache.
 
         Args:
@@ -156,7 +158,9 @@ def vispruner(prompt: Prompt, count: int) -> list[int]:
     received = prompt.cls.mean(0)[1:].tolist()
     order = first_of(dict(enumerate(received)), len(received))
     rows = unit(prompt.patches)
-    return order[: count // 2] + without_alikes((rows @ rows.T).tolist(), order[count // 2 :], count - count // 2, False)
+    return order[: count // 2] + without_alikes(
+        (rows @ rows.T).tolist(), order[count // 2 :], count - count // 2, False
+    )
 
 
 def without_alikes(alike: list[list[float]], rest: list[int], count: int, in_place: bool) -> list[int]:
@@ -277,7 +281,7 @@ def visual_reference(
         settings: of the formula; with a "layer" the tokens go before this one, else before the decoder.
 
     Returns:
-        kept int[1, G, K]: the prompt's tokens that every head of the cut layers holds; tokens and logits.
+        kept int[1, G, K]: where the visual tokens that stay stood, the same for every head; tokens and logits.
     """
     prompt, count = Prompt.of(model, ids, pixels), len(ids)
     formula = formulas.get(name, Formula(lambda whole, _: list(range(len(whole.visual)))))
@@ -293,4 +297,4 @@ def visual_reference(
         logits.append(model.lm_head(prompt.decoder.norm(prompt.decoder.run(row, torch.tensor([place]), cache)[-1][0])))
     found = torch.stack(logits)
     groups = model.config.text_config.num_key_value_heads
-    return Reference(stay.expand(1, groups, -1), found.argmax(-1), found)
+    return Reference(chosen.sort().values.expand(1, groups, -1), found.argmax(-1), found)

@@ -2,7 +2,8 @@
 
 `python -m mmtoken.evaluation.peers --peer kvpress --out benchmarks/peers.json --page docs/peers.md` makes the peer's
 environment with pip where there is none yet, runs both sides in turns, holds their outputs against plain formulas, and
-writes results and page. What a side refuses, or crashes on, is recorded with its own words.
+writes results and page; for a peer that has no release with what is compared, `--source` names a clone of it. What a
+side refuses, or crashes on, is recorded with its own words.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def write_task(folder: Path, task: Mapping[str, Any], rows: Sequence[int], subje
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, inputs = subject.model(), subject.inputs(rows)
-    model.save_pretrained(folder / "model")
+    subject.save(model, folder / "model")
     save_file(inputs, folder / "inputs.safetensors")
     (folder / "task.json").write_text(json.dumps(task))
 
@@ -99,9 +100,7 @@ def _pip(python: Path, *what: str) -> None:
         )
 
 
-def run_side(
-    python: Path, folder: Path, *first: Path, **changes: Any
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def run_side(python: Path, folder: Path, *first: Path, **changes: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Let one side do the task in `folder` with `changes` to it; packages in the folders `first` go before others.
 
     Returns:
@@ -207,9 +206,7 @@ def measure(
 
     def compared(side: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            name: equality(
-                name, wanted[name], wanted[DENSE], tensors[side], found[side]["errors"], subject.first_read
-            )
+            name: equality(name, wanted[name], wanted[DENSE], tensors[side], found[side]["errors"], subject.first_read)
             for name in methods
         }
 
@@ -332,29 +329,33 @@ def cost(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The Markdown of docs/peers.md, from the results file alone."""
+    """The Markdown of a peer's page, from the results file alone."""
     peer = results["peer"]
-    about, where, size = PEERS[peer], results["environment"], results["size"]
+    about, where = PEERS[peer], results["environment"]
+    title = about.title
     sides: dict[str, Any] = results["sides"]
+    own = {f"{peer}, its own": {"equality": sides[peer]["own"]}} if sides[peer].get("own") else {}
     versions = "; ".join(
         f"{side}: " + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
         + f", Python {found['python']}"
         for side, found in sides.items()
     )  # fmt: skip
     return (
-        f"# Beside {peer}\n\n"
-        f"What mmtoken and {peer} give for the same model, prompts and budget. Written by\n\n"
-        "```bash\n"
-        f"python -m mmtoken.evaluation.peers --peer {peer} --out benchmarks/peers.json --page docs/peers.md\n"
-        "```\n\n"
-        f"which makes an environment for {peer} with `pip install {' '.join(results['requirements'])}` in "
+        f"# Beside {title}\n\n"
+        f"What mmtoken and {title} give for the same model, prompts and budget. Written by\n\n"
+        f"```bash\n{_command(peer)}\n```\n\n"
+        f"which makes an environment for {title} with `pip install {' '.join(results['requirements'])}` in "
         f"`.peers/{peer}`, if there is none, and runs the sides in turns, each in a process of its own. "
-        f"{peer} declares transformers {about.accepts}; mmtoken at least 5.17: no environment has both. "
+        + (
+            f"No release of {title} has what is compared, so CHECKOUT is a clone of {about.source}; here: "
+            f"{results['commit']}. "
+            if about.source
+            else ""
+        )
+        + f"{title} declares transformers {about.accepts}; mmtoken at least 5.17: no environment has both. "
         f"Outside its range, on {results['beyond']['transformers']}: {_words(results['beyond']['found'])}.\n\n"
-        f"Random Llama: {size['num_hidden_layers']} layers of width {size['hidden_size']}, "
-        f"{size['num_attention_heads']} heads on {size['num_key_value_heads']} of keys, float32. Prompts of "
-        f"{', '.join(map(str, results['rows']))} tokens; int({results['keep']:g} n) of n entries of every head stay, "
-        "counted over the whole prompt. Settings: "
+        f"{about.subject.describe()} Prompts of {', '.join(map(str, results['rows']))} tokens; "
+        f"int({results['keep']:g} n) {about.kept}. Settings: "
         + "; ".join(
             f"{name} {', '.join(f'{key} {value}' for key, value in settings.items())}".strip()
             for name, settings in results["methods"].items()
@@ -362,23 +363,27 @@ def page(results: Mapping[str, Any]) -> str:
         )
         + f". Nothing here says anything about accuracy.\n\n{versions}. {where['device']} ({where['clock']}), load "
         f"average {' to '.join(map(str, results['load_average']))}.\n\n"
-        f"{summary_table(sides).markdown()}\n\n"
+        f"{summary_table({**sides, **own}).markdown()}\n\n"
         "Rows of all methods; costs as shares of the dense model's on the same side, least to most over methods.\n\n"
         "## Output\n\n"
         "Both sides against the formula, written a second time in plain loops "
-        "(`mmtoken/evaluation/peer_formulas.py`). Kept: cached entries that the formula keeps too, over all prompts, "
-        "layers and heads. For each batch, the largest difference of logits at the first token that reads the "
-        f"compressed cache, and the rows whose {results['new_tokens']} greedy tokens are the formula's; last, how far "
+        f"(`mmtoken/evaluation/{about.formulas}`). Kept: {about.counted}. "
+        f"For each batch, the largest difference of logits at the first token that depends on "
+        f"what was kept, and the rows whose {results['new_tokens']} greedy tokens are the formula's; last, how far "
         "the logits of the uncompressed model are from the formula. Batch 1: each prompt alone. Batch 4: all of them "
         "through `generate()`, cut to the shortest, or padded on the left with their attention mask; every row is held "
         "against the formula on this prompt alone.\n\n"
-        f"{equality_table(sides).markdown()}\n\n"
+        + (
+            f'{title} departs from the published code. "{peer}, its own": the same outputs, held against '
+            f"formulas as its source has them. {about.departs}\n\n"
+            if own
+            else ""
+        )
+        + f"{equality_table({**sides, **own}).markdown()}\n\n"
         + "".join(
-            f"{side}, {name}, {BATCHES[what]}: `{_one_line(found['equality'][name][what]['error'])}`\n\n"
+            f"{side}, {', '.join(names)}: `{_one_line(error)}`\n\n"
             for side, found in sides.items()
-            for name in results["methods"]
-            for what in BATCHES
-            if "error" in found["equality"][name][what]
+            for error, names in _errors(found["equality"]).items()
         )
         + "## Time and memory\n\n"
         f"Medians of {results['rounds']} rounds ({results['turns']} starts of each side, in turns) with quartiles; "
@@ -393,12 +398,33 @@ def page(results: Mapping[str, Any]) -> str:
         f"{next(iter(results['methods']))}, batch 1, in the words of each side:\n\n"
         f"{probe_table(sides).markdown()}\n\n"
         "## What this does not show\n\n"
-        f"- {peer} has what mmtoken does not: {about.more}\n"
-        f"- mmtoken has what {peer} does not: {about.less}\n"
-        "- AngelSlim, which has ten methods for visual tokens on two families of models, was not run: its wheel 0.5.0 "
-        "does not contain them (`angelslim/compressor/token_compressor`).\n"
-        "- GPUs, half precision, flash attention and trained weights were not run here.\n"
+        f"- {title} has what mmtoken does not: {about.more}\n"
+        f"- mmtoken has what {title} does not: {about.less}\n"
+        + "".join(
+            f"- Beside {one.title}: [{one.page}.md]({one.page}.md).\n" for name, one in PEERS.items() if name != peer
+        )
+        + "- GPUs, half precision, flash attention and trained weights were not run here.\n"
     )
+
+
+def _command(peer: str) -> str:
+    """What writes the page of a peer."""
+    about = PEERS[peer]
+    source = " --source CHECKOUT" if about.source else ""
+    return (
+        f"python -m mmtoken.evaluation.peers --peer {peer}{source} "
+        f"--out benchmarks/{about.page}.json --page docs/{about.page}.md"
+    )
+
+
+def _errors(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Error -> the methods and batches that it came from."""
+    errors: dict[str, list[str]] = {}
+    for name, row in found.items():
+        for what, title in BATCHES.items():
+            if "error" in row[what]:
+                errors.setdefault(row[what]["error"], []).append(f"{name} ({title})")
+    return errors
 
 
 def summary_table(sides: Mapping[str, Any]) -> Table:
@@ -409,7 +435,7 @@ def summary_table(sides: Mapping[str, Any]) -> Table:
     ]
     for batch, title in zip(TIMED, (BATCHES["alone"], BATCHES["padded"]), strict=True):
         for cell, what in (("first_token", "prefill time"), ("peak", "peak memory"), ("cache", "cache")):
-            spans = (_span(found["cost"][batch], cell) for found in sides.values())
+            spans = (_span(found["cost"][batch], cell) if "cost" in found else "" for found in sides.values())
             rows.append((f"{title}: {what} over dense", *spans))
     return Table(("", *sides), rows)
 
@@ -503,6 +529,12 @@ def _one_line(text: str) -> str:
     return flat if len(flat) <= 300 else f"{flat[:300].rstrip()}..."
 
 
+def commit_of(source: Path) -> str:
+    """The commit that a checkout stands at; "of no known commit" where git does not say."""
+    done = subprocess.run(["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "of no known commit"
+
+
 def main(argv: Sequence[str]) -> int:
     """Measure and write the JSON and the page; 0 on success.
 
@@ -511,6 +543,8 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser("python -m mmtoken.evaluation.peers", description=__doc__)
     parser.add_argument("--peer", choices=list(PEERS), default="kvpress", help="default: %(default)s")
+    parser.add_argument("--source", type=Path, help="checkout of the peer, where no release has what is compared")
+    parser.add_argument("--commit", help="what the page says of the checkout; default: its commit")
     parser.add_argument("--environment", type=Path, help="folder of the peer's environment; default: .peers/PEER")
     parser.add_argument("--out", type=Path, default=Path("peers.json"), help="default: %(default)s")
     parser.add_argument("--page", type=Path, default=Path("peers.md"), help="default: %(default)s")
@@ -518,14 +552,29 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.turns < 1:
         raise MMTokenError(f"turns={options.turns}; give a whole number of at least 1.")
-    targets = check_target(options.out, "out", ".json"), check_target(options.page, "page", ".md")
     peer = PEERS[options.peer]
+    if bool(peer.source) != (options.source is not None):
+        fix = f"clone {peer.source} and give its folder" if peer.source else "leave it out, pip installs this peer"
+        raise MMTokenError(f"source={str(options.source)!r} for {options.peer}; {fix}.")
+    if options.source is not None and not (options.source / options.peer).is_dir():
+        raise MMTokenError(
+            f"source={str(options.source)!r} has no folder {options.peer!r}; give a clone of {peer.source}."
+        )
+    targets = check_target(options.out, "out", ".json"), check_target(options.page, "page", ".md")
     results = measure(
         options.peer,
         make_environment(options.environment or Path(".peers") / options.peer, peer.requirements),
         turns=options.turns,
+        subject=peer.subject,
+        methods=peer.methods,
+        rows=peer.rows,
+        keep=peer.keep,
+        probes=peer.probes,
         requirements=peer.requirements,
         distributions=peer.distributions,
+        source=options.source,
+        commit=options.commit or (commit_of(options.source) if options.source else ""),
+        own=bool(peer.departs),
         beyond=version("transformers"),
         progress=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
     )
