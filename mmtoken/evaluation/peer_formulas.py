@@ -16,6 +16,9 @@ from transformers import DynamicCache
 
 from mmtoken.engine.compat import CACHE
 
+DENSE = "dense"
+"""Stands for a method that keeps all."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -160,15 +163,15 @@ def reference(model: Any, ids: Tensor, name: str, settings: Mapping[str, Any], k
 
     Args:
         model: an unmodified Llama; it decodes from a cache that was filled by hand.
-        name: one of `FORMULAS`, or "dense", which keeps all.
+        name: one of `FORMULAS`, or `DENSE`.
         settings: of the formula.
     """
     parts, out = layers(model, ids)
     cache, kept = DynamicCache(), []
     for number, part in enumerate(parts):
         groups, length = part.keys.shape[:2]
-        scores = torch.zeros(groups, length) if name == "dense" else FORMULAS[name](part, **settings)
-        count = length if name == "dense" else max(1, int(length * keep))
+        scores = torch.zeros(groups, length) if name == DENSE else FORMULAS[name](part, **settings)
+        count = length if name == DENSE else max(1, int(length * keep))
         stay = scores.argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values
         index = stay[None, :, :, None].expand(-1, -1, -1, part.keys.shape[2])
         held = out[CACHE].layers[number]

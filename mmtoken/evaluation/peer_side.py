@@ -11,9 +11,10 @@ import importlib
 import importlib.util
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 DENSE = "dense"
 PAD = 0
+PICTURES = ("DivPrune", "VisPruner", "FastV", "DART")
+"""Methods about visual tokens."""
 
 Run = Callable[..., Any]
 
@@ -40,19 +43,22 @@ class Method(NamedTuple):
 # ------------------------------------------------------------------------------------------------------ the libraries
 
 
-def through_mmtoken(model: Any, method: Method, mask: Tensor) -> AbstractContextManager[Any]:
-    """Attach by `compress`, with the official conventions: the budget is about all tokens of a prompt."""
+Batch = dict[str, Tensor]
+
+
+def through_mmtoken(model: Any, method: Method, batch: Batch) -> AbstractContextManager[Any]:
+    """Attach by `compress`; on text alone with the official conventions: the budget is about all tokens of a prompt."""
     compressors = importlib.import_module("mmtoken.compressors")
-    compressor = getattr(compressors, method.name)(keep=method.keep, variant="repo", **method.settings)
-    session: AbstractContextManager[Any] = importlib.import_module("mmtoken").compress(
-        model, compressor, visual=mask.bool()
-    )
+    text = {} if method.name in PICTURES else {"visual": batch["attention_mask"].bool()}
+    settings = method.settings | ({"variant": "repo"} if text else {})
+    compressor = getattr(compressors, method.name)(keep=method.keep, **settings)
+    session: AbstractContextManager[Any] = importlib.import_module("mmtoken").compress(model, compressor, **text)
     return session
 
 
-def through_kvpress(model: Any, method: Method, mask: Tensor) -> AbstractContextManager[Any]:
+def through_kvpress(model: Any, method: Method, batch: Batch) -> AbstractContextManager[Any]:
     """Attach as kvpress's README says: the press is a context manager around `generate`."""
-    del mask  # a press takes none
+    del batch  # a press takes none
     names = {"window": "window_size", "kernel": "kernel_size", "future": "n_future_positions", "sinks": "n_sink"}
     press = getattr(importlib.import_module("kvpress"), f"{method.name}Press")
     settings = {names[name]: value for name, value in method.settings.items()}
@@ -60,17 +66,83 @@ def through_kvpress(model: Any, method: Method, mask: Tensor) -> AbstractContext
     return attached
 
 
-def through_fake(model: Any, method: Method, mask: Tensor) -> AbstractContextManager[Any]:
+@contextmanager
+def through_angelslim(model: Any, method: Method, batch: Batch) -> Iterator[None]:
+    """Attach as AngelSlim's test script does: a YAML file, an adapter, `wrap_model`; and take off again."""
+    del batch  # it takes none
+    adapter_module = importlib.import_module("angelslim.compressor.token_compressor.adapter")
+    adapter = adapter_module.UniversalPruningAdapter(
+        model=model, strategy_config=angelslim_config(method), raw_map_data=ANGELSLIM_PARTS
+    )
+    adapter.wrap_model()
+    try:
+        yield
+    finally:
+        adapter.unwrap_model()
+
+
+def angelslim_config(method: Method) -> Any:
+    """Its own configuration object, from a file in its format; a method in a layer goes by the one before `layer`."""
+    yaml = importlib.import_module("yaml")
+    base = importlib.import_module("angelslim.compressor.token_compressor.base.config")
+    ratio, before = 1.0 - method.keep, method.settings.get("layer", 0) - 1
+    strategy, stage, requirements, more = {
+        "DivPrune": ("divprune", "global", {"inputs_embeds": True}, {}),
+        "VisPruner": (
+            "vispruner",
+            "global",
+            {"vit_q_layers": [-2], "vit_k_layers": [-2], "feature_map": True},
+            {"layer_idx": -2, "important_ratio_of_kept": 0.5},
+        ),
+        "FastV": (
+            "special_token_based_attention",
+            before,
+            {"llm_q_layers": [before], "llm_k_layers": [before]},
+            {"layer_idx": before, "query_source": {"strategy": "last_text"}},
+        ),
+        "DART": (
+            "dart",
+            before,
+            {"feature_map": True, "llm_k_layers": [before]},
+            {
+                "layer_idx": before,
+                "pivot_image_token": method.settings.get("visual_pivots"),
+                "pivot_text_token": method.settings.get("text_pivots"),
+                "use_post_rope": True,
+            },
+        ),
+    }[method.name]
+    strategies = {stage: {"strategy": strategy, "params": {"ratio": ratio, **more}}}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "method.yaml"
+        path.write_text(yaml.safe_dump({"compressor": {"requirements": requirements, "strategies": strategies}}))
+        return base.TokenCompressorConfig.from_yaml(str(path))
+
+
+ANGELSLIM_PARTS = [
+    {"name": name, "path": path, "wrapper_module": ".models.llava", "wrapper_class": f"Prunable_{wrapper}"}
+    for name, path, wrapper in (
+        ("vl_model", "model", "LlavaModel"),
+        ("vision_attn", "model.vision_tower.vision_model.encoder.layers[n].self_attn", "CLIPAttention"),
+        ("text_model", "model.language_model", "LlamaModel"),
+        ("llm_attn", "model.language_model.layers[n].self_attn", "LlamaAttention"),
+    )
+]
+"""Its `model_mapping` for LLaVA."""
+
+
+def through_fake(model: Any, method: Method, batch: Batch) -> AbstractContextManager[Any]:
     """Attach nothing, and refuse batches: stands for a library where none is installed."""
     del model, method
-    if len(mask) > 1:
+    if len(batch["input_ids"]) > 1:
         raise NotImplementedError("one prompt at a time")
     return nullcontext()
 
 
-LIBRARIES: dict[str, Callable[[Any, Method, Tensor], AbstractContextManager[Any]]] = {
+LIBRARIES: dict[str, Callable[[Any, Method, Batch], AbstractContextManager[Any]]] = {
     "mmtoken": through_mmtoken,
     "kvpress": through_kvpress,
+    "angelslim": through_angelslim,
     "fake": through_fake,
 }
 
@@ -88,13 +160,20 @@ class Side:
     def __init__(self, folder: Path) -> None:
         self.task: dict[str, Any] = json.loads((folder / "task.json").read_text())
         self.library: str = self.task["library"]
-        self.model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
         inputs = load_file(folder / "inputs.safetensors")
-        rows = [inputs[f"row{number}"] for number in range(len(inputs))]
+        rows = [inputs[f"row{number}"] for number in range(sum(name.startswith("row") for name in inputs))]
+        pictures = [inputs[f"pixels{number}"] for number in range(len(rows))] if "pixels0" in inputs else []
+        loader = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+        model, told = loader.from_pretrained(folder / "model", dtype=torch.float32, output_loading_info=True)
+        if told["missing_keys"]:
+            raise ValueError(f"weights that this version of transformers does not find: {told['missing_keys']}")
+        self.model = model.eval()
         shortest = min(map(len, rows))
-        self.batches = {f"row {number}": padded([row]) for number, row in enumerate(rows)} | {
-            "even": padded([row[:shortest] for row in rows]),
-            "padded": padded(rows),
+        self.batches = {
+            f"row {number}": padded([row], pictures[number : number + 1]) for number, row in enumerate(rows)
+        } | {
+            "even": padded([row[:shortest] for row in rows], pictures),
+            "padded": padded(rows, pictures),
         }
         self.methods = [Method(name, settings, self.task["keep"]) for name, settings in self.task["methods"].items()]
 
@@ -102,7 +181,7 @@ class Side:
         """The library on the model for one call; nothing for the dense model."""
         if method is None:
             return nullcontext()
-        return LIBRARIES[self.library](self.model, method, batch["attention_mask"])
+        return LIBRARIES[self.library](self.model, method, batch)
 
     def generate(self, method: Method | None, batch: dict[str, Tensor], tokens: int, **options: Any) -> Any:
         """`model.generate`, greedy, of exactly so many tokens; the output as transformers gives it."""
@@ -121,19 +200,22 @@ class Side:
     # ------------------------------------------------------------------------------------------------------ equality
 
     def outputs(self, method: Method, name: str) -> dict[str, Tensor]:
-        """Tokens int[B, T], their logits float[B, T, V], and where the kept entries stood, int[B, layers, G, K]."""
+        """Tokens int[B, T], their logits float[B, T, V], and where the kept entries stood, int[layers, G, K].
+
+        The entries are those of every layer, or of the first that has less than all of them where pictures are: what
+        enters this one is what enters it without the library, and so are the keys.
+        """
         batch, length = self.batches[name], self.batches[name]["input_ids"].shape[1]
         tokens = self.task["new_tokens"]
         out = self.generate(method, batch, tokens)
         found = {"tokens": out.sequences[:, length:].contiguous(), "logits": torch.stack(out.logits, 1)}
         if len(batch["input_ids"]) == 1:
             dense = cache_of(self.generate(None, batch, 1))
-            found["kept"] = torch.stack(
-                [
-                    places(layer.keys[0, :, : layer.keys.shape[2] - tokens + 1], whole.keys[0])
-                    for layer, whole in zip(cache_of(out).layers, dense.layers, strict=True)
-                ]
-            )
+            kept = [layer.keys[0, :, : layer.keys.shape[2] - tokens + 1] for layer in cache_of(out).layers]
+            pairs = list(zip(kept, (layer.keys[0] for layer in dense.layers), strict=True))
+            if "pixel_values" in batch:
+                pairs = [next((pair for pair in pairs if pair[0].shape != pair[1].shape), pairs[0])]
+            found["kept"] = torch.stack([places(mine, whole) for mine, whole in pairs])
         return found
 
     # ---------------------------------------------------------------------------------------------- cost
@@ -160,20 +242,26 @@ class Side:
         """What happens to the first method in a case that the table of equality does not have."""
         method = self.methods[0]
         row, tokens = self.batches["row 0"], self.task["new_tokens"]
-        if name == "one prompt":
-            self.generate(method, row, tokens)
-            return "runs"
-        if name == "keep nothing":
-            self.generate(method._replace(keep=0.0), row, tokens)
-            return "runs"
-        if name == "a prompt shorter than the window":
-            short = {key: value[:, : method.settings["window"] // 2] for key, value in row.items()}
-            self.generate(method, short, tokens)
+        window = method.settings.get("window", 0)
+        plainly: dict[str, tuple[Method, Batch, dict[str, Any]]] = {
+            "one prompt": (method, row, {}),
+            "keep nothing": (method._replace(keep=0.0), row, {}),
+            "a prompt shorter than the window": (method, {key: cut[:, : window // 2] for key, cut in row.items()}, {}),
+            "a prompt without a picture": (method, padded([row["input_ids"][0, -window - 8 :]]), {}),
+            "two pictures in a prompt": (method, twice(row), {}),
+            "beam search": (method, row, {"num_beams": 2}),
+        }
+        if name in plainly:
+            changed, batch, options = plainly[name]
+            self.generate(changed, batch, tokens, **options)
             return "runs"
         options = {
             "static cache": {"cache_implementation": "static"},
-            "prompt lookup decoding": {"prompt_lookup_num_tokens": 3, "eos_token_id": self.model.config.vocab_size},
-            "prefill in chunks": {"prefill_chunk_size": 2 * method.settings["window"]},
+            "prompt lookup decoding": {
+                "prompt_lookup_num_tokens": 3,
+                "eos_token_id": self.model.config.get_text_config().vocab_size,
+            },
+            "prefill in chunks": {"prefill_chunk_size": 2 * window},
         }[name]
         plain = self.generate(method, row, tokens)
         other = self.generate(method, row, tokens, **options)
@@ -181,14 +269,20 @@ class Side:
         return "runs, same tokens as without" if same else "runs, other tokens than without"
 
 
-def padded(rows: list[Tensor]) -> dict[str, Tensor]:
-    """A batch of prompts int[n], padded on the left."""
+def padded(rows: list[Tensor], pictures: list[Tensor] | None = None) -> Batch:
+    """A batch of prompts int[n], padded on the left, and their pictures float[3, S, S]."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), PAD)
     for number, row in enumerate(rows):
         ids[number, length - len(row) :] = row
     mask = torch.stack([torch.arange(length) >= length - len(row) for row in rows]).long()
-    return {"input_ids": ids, "attention_mask": mask}
+    batch = {"input_ids": ids, "attention_mask": mask}
+    return batch | {"pixel_values": torch.stack(pictures)} if pictures else batch
+
+
+def twice(row: Batch) -> Batch:
+    """One prompt, said two times in one."""
+    return {key: value.repeat(2, *[1] * 3) if value.ndim == 4 else value.repeat(1, 2) for key, value in row.items()}
 
 
 def places(kept: Tensor, dense: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 `python -m mmtoken.evaluation.peers --peer kvpress --out benchmarks/peers.json --page docs/peers.md` makes the peer's
 environment with pip where there is none yet, runs both sides in turns, holds their outputs against plain formulas, and
-writes results and page. What a side refuses, or crashes on, is recorded with its own words.
+writes results and page; for a peer that has no release with what is compared, `--source` names a clone of it. What a
+side refuses, or crashes on, is recorded with its own words.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import venv
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,120 +25,50 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmtoken
 from mmtoken.errors import MMTokenError
-from mmtoken.evaluation.peer_formulas import Reference, reference
+from mmtoken.evaluation.peer_formulas import DENSE, Reference
+from mmtoken.evaluation.peer_subjects import PEERS, Methods, Subject
 from mmtoken.evaluation.tables import Table
 from mmtoken.evaluation.timing import Summary, environment, paired
 from mmtoken.wholefile import check_target, whole_file
 
 SCHEMA_VERSION = 1
-OURS, DENSE = "mmtoken", "dense"
+OURS = "mmtoken"
 SIDE = Path(__file__).with_name("peer_side.py")
-
-METHODS: dict[str, dict[str, Any]] = {
-    "SnapKV": {"window": 64, "kernel": 5},
-    "ExpectedAttention": {"future": 512, "sinks": 4},
-    "TOVA": {},
-    "KeyDiff": {},
-    "Knorm": {},
-}
-"""What both sides have: name -> settings, the official defaults."""
-
-PROBES = (
-    "keep nothing",
-    "a prompt shorter than the window",
-    "static cache",
-    "prompt lookup decoding",
-    "prefill in chunks",
-)
-"""Further cases, of the first method: how a side answers them."""
-
-ROWS = (384, 320, 240, 160)
-"""Lengths of the prompts; together they are the padded batch. Half of the shortest holds SnapKV's window."""
 
 TIMED = ("row 0", "padded")
 BATCHES = {"alone": "batch 1", "even": "batch 4, no padding", "padded": "batch 4, padded"}
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A library that is compared.
-
-    Attributes:
-        requirements: what pip installs.
-        distributions: whose versions are told.
-        accepts: its range of transformers, as its metadata has it.
-        more: what it does that mmtoken does not.
-        less: what mmtoken does that it does not, of what was compared here.
-    """
-
-    requirements: tuple[str, ...]
-    distributions: tuple[str, ...]
-    accepts: str
-    more: str
-    less: str
-
-
-PEERS: dict[str, Peer] = {
-    "kvpress": Peer(
-        ("kvpress==0.5.5", "transformers==5.2.0", f"torch=={torch.__version__.partition('+')[0]}"),
-        ("kvpress",),
-        "at least 4.56, below 5.3",
-        "about forty presses for caches of text models, mmtoken has these five; wrappers that combine presses, budgets "
-        "per head and per layer; compression while decoding; quantized caches; a pipeline that leaves the question out "
-        "of the compression and answers several; a benchmark suite for long texts.",
-        "a budget for the visual tokens only, per image (its default; here it counts whole prompts, as the peer does); "
-        "methods that drop visual tokens before and between the layers of vision-language models.",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of the random Llama."""
-
-    hidden_size: int = 256
-    intermediate_size: int = 512
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    vocab_size: int = 512
-    initializer_range: float = 0.15
-
-
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-def write_task(folder: Path, task: Mapping[str, Any], rows: Sequence[int], size: Size, seed: int = 0) -> None:
-    """The model, prompts int[n] and task.json in `folder`; no global generator is touched.
-
-    No token comes twice in a prompt, nor does the padding id: in the first layer keys of equal tokens are equally long.
-    """
+def write_task(folder: Path, task: Mapping[str, Any], rows: Sequence[int], subject: Subject, seed: int = 0) -> None:
+    """The model, the inputs and task.json in `folder`; no global generator is touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**asdict(size), bos_token_id=None, eos_token_id=None, pad_token_id=0))
-        prompts = [torch.randperm(size.vocab_size - 1)[:length] + 1 for length in rows]
-    model.save_pretrained(folder / "model")
-    save_file({f"row{number}": prompt for number, prompt in enumerate(prompts)}, folder / "inputs.safetensors")
+        model, inputs = subject.model(), subject.inputs(rows)
+    subject.save(model, folder / "model")
+    save_file(inputs, folder / "inputs.safetensors")
     (folder / "task.json").write_text(json.dumps(task))
 
 
-def beyond_range(python: Path, folder: Path, transformers: str) -> dict[str, Any]:
+def beyond_range(python: Path, folder: Path, transformers: str, source: Path | None = None) -> dict[str, Any]:
     """Whether the task's library runs one prompt with another version of transformers, which pip lays over its own.
 
     Args:
         python: the library's interpreter.
         folder: of the task.
         transformers: the version.
+        source: checkout of the library, if it is not installed.
     """
     overlay = folder / "overlay"
     _pip(python, "--target", str(overlay), f"transformers=={transformers}")
     changes = {"compare": True, "probes": ["one prompt"], "equality": False, "timed": [], "rounds": 0}
     try:
-        found, _ = run_side(python, folder, overlay, **changes)
+        found, _ = run_side(python, folder, overlay, *[source] * (source is not None), **changes)
     except MMTokenError as error:
         return {"transformers": transformers, "found": {"error": str(error)}}
     return {"transformers": found["versions"]["transformers"], "found": found["probes"]["one prompt"]}
@@ -169,10 +100,8 @@ def _pip(python: Path, *what: str) -> None:
         )
 
 
-def run_side(
-    python: Path, folder: Path, first: Path | None = None, /, **changes: Any
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Let one side do the task in `folder` with `changes` to it; packages in the folder `first` go before others.
+def run_side(python: Path, folder: Path, *first: Path, **changes: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Let one side do the task in `folder` with `changes` to it; packages in the folders `first` go before others.
 
     Returns:
         What it found, and its tensors.
@@ -183,7 +112,8 @@ def run_side(
     task = {**json.loads((folder / "task.json").read_text()), **changes}
     (folder / "task.json").write_text(json.dumps(task))
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    variables["PYTHONPATH"] = str(Path(mmtoken.__file__).parents[1] if task["library"] == OURS else first or "")
+    paths = [Path(mmtoken.__file__).parents[1]] if task["library"] == OURS else [path.absolute() for path in first]
+    variables["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     done = subprocess.run([python, "-P", SIDE, folder], capture_output=True, text=True, env=variables)
     if done.returncode:
         raise MMTokenError(f"library={task['library']!r}: its run failed. It said: {done.stderr[-600:]}")
@@ -196,12 +126,16 @@ def measure(
     *,
     turns: int = 4,
     rounds: int = 2,
-    methods: Mapping[str, dict[str, Any]] = METHODS,
-    rows: Sequence[int] = ROWS,
-    size: Size = Size(),
-    probes: Sequence[str] = PROBES,
+    subject: Subject,
+    methods: Methods,
+    rows: Sequence[int],
+    keep: float,
+    probes: Sequence[str],
     requirements: Sequence[str] = (),
     distributions: Sequence[str] = (),
+    source: Path | None = None,
+    commit: str = "",
+    own: bool = False,
     beyond: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -212,12 +146,16 @@ def measure(
         python: interpreter that has it.
         turns: how often each side is started, one after the other.
         rounds: measured rounds per start, after one that is thrown away.
+        subject: the model and its formulas.
         methods: name -> settings, of what is compared.
         rows: lengths of the prompts.
-        size: of the model.
+        keep: share that stays.
         probes: further cases.
         requirements: what its environment was made of.
         distributions: whose versions the peer's side tells.
+        source: checkout of the peer, where it is not installed.
+        commit: what this checkout is.
+        own: the peer's formulas differ from the published ones; it is held against both.
         beyond: another version of transformers that the peer is tried on.
         progress: told about every turn.
 
@@ -226,35 +164,52 @@ def measure(
     """
     load = [round(os.getloadavg()[0], 2)]
     task: dict[str, Any] = {
-        "library": OURS, "methods": dict(methods), "keep": 0.5, "new_tokens": 8, "timed_tokens": 16,
+        "library": OURS, "methods": dict(methods), "keep": keep, "new_tokens": 8, "timed_tokens": 16,
         "equality": True, "timed": list(TIMED), "probes": list(probes), "rounds": rounds, "distributions": [],
     }  # fmt: skip
-    sides = {OURS: (Path(sys.executable), []), peer: (python, list(distributions))}
+    checkout = [] if source is None else [source]
+    sides = {OURS: (Path(sys.executable), [], []), peer: (python, checkout, list(distributions))}
     found: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Tensor]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_task(folder, task, rows, size)
+        write_task(folder, task, rows, subject)
         for turn in range(turns):
             for side in list(sides)[:: 1 if turn % 2 else -1]:
-                interpreter, told = sides[side]
-                more, values = run_side(interpreter, folder, library=side, distributions=told, compare=turn == 0)
+                interpreter, first, told = sides[side]
+                more, values = run_side(
+                    interpreter, folder, *first, library=side, distributions=told, compare=turn == 0
+                )
                 if turn == 0:
                     found[side], tensors[side] = more, values
                 else:
                     found[side]["seconds"] += more["seconds"]
             progress(f"peers: turn {turn + 1} of {turns}")
-        outside = None if beyond is None else beyond_range(python, folder, beyond)
-        model = LlamaForCausalLM.from_pretrained(folder / "model").eval()
+        outside = None if beyond is None else beyond_range(python, folder, beyond, source)
+        model = type(subject.model()).from_pretrained(folder / "model").eval()
         inputs = load_file(folder / "inputs.safetensors")
-        prompts = [inputs[f"row{number}"] for number in range(len(rows))]
-        wanted = {
+
+    def formulas(own: bool) -> dict[str, dict[str, list[Reference]]]:
+        return {
             name: {
-                what: [reference(model, row, name, settings, task["keep"], task["new_tokens"]) for row in some]
-                for what, some in (("rows", prompts), ("even", [row[: min(rows)] for row in prompts]))
+                what: [
+                    subject.reference(model, inputs, row, length, (name, settings), keep, task["new_tokens"], own)
+                    for row, length in enumerate(lengths)
+                ]
+                for what, lengths in (("rows", rows), ("even", [min(rows)] * len(rows)))
             }
             for name, settings in {DENSE: {}, **methods}.items()
         }
+
+    wanted = formulas(own=False)
+    theirs = formulas(own=True) if own else {}
+
+    def compared(side: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: equality(name, wanted[name], wanted[DENSE], tensors[side], found[side]["errors"], subject.first_read)
+            for name in methods
+        }
+
     load.append(round(os.getloadavg()[0], 2))
     where = environment(torch.device("cpu"))
     return {
@@ -263,10 +218,11 @@ def measure(
         "peer": peer,
         "requirements": list(requirements),
         "beyond": outside,
-        "weights": "random, tiny Llama; says nothing about accuracy",
+        "commit": commit,
+        "weights": "random and tiny; says nothing about accuracy",
         "environment": {name: where[name] for name in ("device", "clock", "platform")},
         "load_average": load,
-        "size": asdict(size),
+        "size": asdict(subject),  # type: ignore[call-overload]
         "rows": list(rows),
         "keep": task["keep"],
         "new_tokens": task["new_tokens"],
@@ -277,10 +233,8 @@ def measure(
             side: {
                 "versions": found[side]["versions"],
                 "python": found[side]["python"],
-                "equality": {
-                    name: equality(name, wanted[name], wanted[DENSE], tensors[side], found[side]["errors"])
-                    for name in methods
-                },
+                "equality": compared(side, wanted),
+                "own": compared(side, theirs) if theirs and side == peer else {},
                 "probes": found[side]["probes"],
                 "cost": cost(found[side]),
             }
@@ -298,6 +252,7 @@ def equality(
     dense: Mapping[str, Sequence[Reference]],
     tensors: Mapping[str, Tensor],
     errors: Mapping[str, Mapping[str, str]],
+    first: int = 1,
 ) -> dict[str, Any]:
     """How the outputs of one side with one method compare with the formula.
 
@@ -306,14 +261,15 @@ def equality(
         wanted: what the formula gives, for the "rows" and for those cut to one length ("even").
         dense: what the unmodified model gives: how much there is to get wrong.
         tensors, errors: what the side found.
+        first: the first token whose logits read what was kept.
 
     Returns:
         For each of `BATCHES`: rows, rows whose tokens are equal, the largest difference of the logits that first read
-        the compressed cache; or the error. "kept": cached entries that are the formula's. "dense": the largest such
+        what was kept; or the error. "kept": cached entries that are the formula's. "dense": the largest such
         difference between the formula and the unmodified model.
     """
     alone = [f"row {number}" for number in range(len(wanted["rows"]))]
-    result: dict[str, Any] = {"dense": _apart(wanted["rows"], [row.logits for row in dense["rows"]])}
+    result: dict[str, Any] = {"dense": _apart(wanted["rows"], [row.logits for row in dense["rows"]], first)}
     failed = errors.get(name, {})
     for what, names in (("alone", alone), ("even", ["even"]), ("padded", ["padded"])):
         broken = [failed[batch] for batch in names if batch in failed]
@@ -324,7 +280,7 @@ def equality(
         logits = [row for batch in names for row in tensors[f"{name}.{batch}.logits"]]
         tokens = [row for batch in names for row in tensors[f"{name}.{batch}.tokens"]]
         same = sum(torch.equal(got, row.tokens) for got, row in zip(tokens, rows, strict=True))
-        result[what] = {"rows": len(rows), "rows_equal": same, "logits": _apart(rows, logits)}
+        result[what] = {"rows": len(rows), "rows_equal": same, "logits": _apart(rows, logits, first)}
     if "error" not in result["alone"]:
         pairs = [(tensors[f"{name}.{batch}.kept"], row.kept) for batch, row in zip(alone, wanted["rows"], strict=True)]
         result["kept"] = {
@@ -334,9 +290,9 @@ def equality(
     return result
 
 
-def _apart(wanted: Sequence[Reference], logits: Sequence[Tensor]) -> float:
-    """Largest difference of the second token's logits: the first ones that read what is left of the cache."""
-    return max(float((got[1] - want.logits[1]).abs().max()) for got, want in zip(logits, wanted, strict=True))
+def _apart(wanted: Sequence[Reference], logits: Sequence[Tensor], token: int) -> float:
+    """Largest difference of the logits of one generated token."""
+    return max(float((got[token] - want.logits[token]).abs().max()) for got, want in zip(logits, wanted, strict=True))
 
 
 def _shared(got: Tensor, want: Tensor) -> int:
@@ -373,29 +329,33 @@ def cost(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The Markdown of docs/peers.md, from the results file alone."""
+    """The Markdown of a peer's page, from the results file alone."""
     peer = results["peer"]
-    about, where, size = PEERS[peer], results["environment"], results["size"]
+    about, where = PEERS[peer], results["environment"]
+    title = about.title
     sides: dict[str, Any] = results["sides"]
+    own = {f"{peer}, its own": {"equality": sides[peer]["own"]}} if sides[peer].get("own") else {}
     versions = "; ".join(
         f"{side}: " + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
         + f", Python {found['python']}"
         for side, found in sides.items()
     )  # fmt: skip
     return (
-        f"# Beside {peer}\n\n"
-        f"What mmtoken and {peer} give for the same model, prompts and budget. Written by\n\n"
-        "```bash\n"
-        f"python -m mmtoken.evaluation.peers --peer {peer} --out benchmarks/peers.json --page docs/peers.md\n"
-        "```\n\n"
-        f"which makes an environment for {peer} with `pip install {' '.join(results['requirements'])}` in "
+        f"# Beside {title}\n\n"
+        f"What mmtoken and {title} give for the same model, prompts and budget. Written by\n\n"
+        f"```bash\n{_command(peer)}\n```\n\n"
+        f"which makes an environment for {title} with `pip install {' '.join(results['requirements'])}` in "
         f"`.peers/{peer}`, if there is none, and runs the sides in turns, each in a process of its own. "
-        f"{peer} declares transformers {about.accepts}; mmtoken at least 5.17: no environment has both. "
+        + (
+            f"No release of {title} has what is compared, so CHECKOUT is a clone of {about.source}; here: "
+            f"{results['commit']}. "
+            if about.source
+            else ""
+        )
+        + f"{title} declares transformers {about.accepts}; mmtoken at least 5.17: no environment has both. "
         f"Outside its range, on {results['beyond']['transformers']}: {_words(results['beyond']['found'])}.\n\n"
-        f"Random Llama: {size['num_hidden_layers']} layers of width {size['hidden_size']}, "
-        f"{size['num_attention_heads']} heads on {size['num_key_value_heads']} of keys, float32. Prompts of "
-        f"{', '.join(map(str, results['rows']))} tokens; int({results['keep']:g} n) of n entries of every head stay, "
-        "counted over the whole prompt. Settings: "
+        f"{about.subject.describe()} Prompts of {', '.join(map(str, results['rows']))} tokens; "
+        f"int({results['keep']:g} n) {about.kept}. Settings: "
         + "; ".join(
             f"{name} {', '.join(f'{key} {value}' for key, value in settings.items())}".strip()
             for name, settings in results["methods"].items()
@@ -403,23 +363,27 @@ def page(results: Mapping[str, Any]) -> str:
         )
         + f". Nothing here says anything about accuracy.\n\n{versions}. {where['device']} ({where['clock']}), load "
         f"average {' to '.join(map(str, results['load_average']))}.\n\n"
-        f"{summary_table(sides).markdown()}\n\n"
+        f"{summary_table({**sides, **own}).markdown()}\n\n"
         "Rows of all methods; costs as shares of the dense model's on the same side, least to most over methods.\n\n"
         "## Output\n\n"
         "Both sides against the formula, written a second time in plain loops "
-        "(`mmtoken/evaluation/peer_formulas.py`). Kept: cached entries that the formula keeps too, over all prompts, "
-        "layers and heads. For each batch, the largest difference of logits at the first token that reads the "
-        f"compressed cache, and the rows whose {results['new_tokens']} greedy tokens are the formula's; last, how far "
+        f"(`mmtoken/evaluation/{about.formulas}`). Kept: {about.counted}. "
+        f"For each batch, the largest difference of logits at the first token that depends on "
+        f"what was kept, and the rows whose {results['new_tokens']} greedy tokens are the formula's; last, how far "
         "the logits of the uncompressed model are from the formula. Batch 1: each prompt alone. Batch 4: all of them "
         "through `generate()`, cut to the shortest, or padded on the left with their attention mask; every row is held "
         "against the formula on this prompt alone.\n\n"
-        f"{equality_table(sides).markdown()}\n\n"
+        + (
+            f'{title} departs from the published code. "{peer}, its own": the same outputs, held against '
+            f"formulas as its source has them. {about.departs}\n\n"
+            if own
+            else ""
+        )
+        + f"{equality_table({**sides, **own}).markdown()}\n\n"
         + "".join(
-            f"{side}, {name}, {BATCHES[what]}: `{_one_line(found['equality'][name][what]['error'])}`\n\n"
+            f"{side}, {', '.join(names)}: `{_one_line(error)}`\n\n"
             for side, found in sides.items()
-            for name in results["methods"]
-            for what in BATCHES
-            if "error" in found["equality"][name][what]
+            for error, names in _errors(found["equality"]).items()
         )
         + "## Time and memory\n\n"
         f"Medians of {results['rounds']} rounds ({results['turns']} starts of each side, in turns) with quartiles; "
@@ -434,12 +398,33 @@ def page(results: Mapping[str, Any]) -> str:
         f"{next(iter(results['methods']))}, batch 1, in the words of each side:\n\n"
         f"{probe_table(sides).markdown()}\n\n"
         "## What this does not show\n\n"
-        f"- {peer} has what mmtoken does not: {about.more}\n"
-        f"- mmtoken has what {peer} does not: {about.less}\n"
-        "- AngelSlim, which has ten methods for visual tokens on two families of models, was not run: its wheel 0.5.0 "
-        "does not contain them (`angelslim/compressor/token_compressor`).\n"
-        "- GPUs, half precision, flash attention and trained weights were not run here.\n"
+        f"- {title} has what mmtoken does not: {about.more}\n"
+        f"- mmtoken has what {title} does not: {about.less}\n"
+        + "".join(
+            f"- Beside {one.title}: [{one.page}.md]({one.page}.md).\n" for name, one in PEERS.items() if name != peer
+        )
+        + "- GPUs, half precision, flash attention and trained weights were not run here.\n"
     )
+
+
+def _command(peer: str) -> str:
+    """What writes the page of a peer."""
+    about = PEERS[peer]
+    source = " --source CHECKOUT" if about.source else ""
+    return (
+        f"python -m mmtoken.evaluation.peers --peer {peer}{source} "
+        f"--out benchmarks/{about.page}.json --page docs/{about.page}.md"
+    )
+
+
+def _errors(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Error -> the methods and batches that it came from."""
+    errors: dict[str, list[str]] = {}
+    for name, row in found.items():
+        for what, title in BATCHES.items():
+            if "error" in row[what]:
+                errors.setdefault(row[what]["error"], []).append(f"{name} ({title})")
+    return errors
 
 
 def summary_table(sides: Mapping[str, Any]) -> Table:
@@ -450,7 +435,7 @@ def summary_table(sides: Mapping[str, Any]) -> Table:
     ]
     for batch, title in zip(TIMED, (BATCHES["alone"], BATCHES["padded"]), strict=True):
         for cell, what in (("first_token", "prefill time"), ("peak", "peak memory"), ("cache", "cache")):
-            spans = (_span(found["cost"][batch], cell) for found in sides.values())
+            spans = (_span(found["cost"][batch], cell) if "cost" in found else "" for found in sides.values())
             rows.append((f"{title}: {what} over dense", *spans))
     return Table(("", *sides), rows)
 
@@ -544,6 +529,12 @@ def _one_line(text: str) -> str:
     return flat if len(flat) <= 300 else f"{flat[:300].rstrip()}..."
 
 
+def commit_of(source: Path) -> str:
+    """The commit that a checkout stands at; "of no known commit" where git does not say."""
+    done = subprocess.run(["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "of no known commit"
+
+
 def main(argv: Sequence[str]) -> int:
     """Measure and write the JSON and the page; 0 on success.
 
@@ -552,6 +543,8 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser("python -m mmtoken.evaluation.peers", description=__doc__)
     parser.add_argument("--peer", choices=list(PEERS), default="kvpress", help="default: %(default)s")
+    parser.add_argument("--source", type=Path, help="checkout of the peer, where no release has what is compared")
+    parser.add_argument("--commit", help="what the page says of the checkout; default: its commit")
     parser.add_argument("--environment", type=Path, help="folder of the peer's environment; default: .peers/PEER")
     parser.add_argument("--out", type=Path, default=Path("peers.json"), help="default: %(default)s")
     parser.add_argument("--page", type=Path, default=Path("peers.md"), help="default: %(default)s")
@@ -559,14 +552,29 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.turns < 1:
         raise MMTokenError(f"turns={options.turns}; give a whole number of at least 1.")
-    targets = check_target(options.out, "out", ".json"), check_target(options.page, "page", ".md")
     peer = PEERS[options.peer]
+    if bool(peer.source) != (options.source is not None):
+        fix = f"clone {peer.source} and give its folder" if peer.source else "leave it out, pip installs this peer"
+        raise MMTokenError(f"source={str(options.source)!r} for {options.peer}; {fix}.")
+    if options.source is not None and not (options.source / options.peer).is_dir():
+        raise MMTokenError(
+            f"source={str(options.source)!r} has no folder {options.peer!r}; give a clone of {peer.source}."
+        )
+    targets = check_target(options.out, "out", ".json"), check_target(options.page, "page", ".md")
     results = measure(
         options.peer,
         make_environment(options.environment or Path(".peers") / options.peer, peer.requirements),
         turns=options.turns,
+        subject=peer.subject,
+        methods=peer.methods,
+        rows=peer.rows,
+        keep=peer.keep,
+        probes=peer.probes,
         requirements=peer.requirements,
         distributions=peer.distributions,
+        source=options.source,
+        commit=options.commit or (commit_of(options.source) if options.source else ""),
+        own=bool(peer.departs),
         beyond=version("transformers"),
         progress=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
     )

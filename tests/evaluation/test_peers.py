@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,25 +15,15 @@ import torch
 
 from mmtoken.errors import InputError, MMTokenError
 from mmtoken.evaluation import peers
-from mmtoken.evaluation.peer_formulas import FORMULAS, Layer, Reference, reference, rotate
-from mmtoken.evaluation.peers import (
-    BATCHES,
-    DENSE,
-    METHODS,
-    OURS,
-    Size,
-    cost,
-    equality,
-    main,
-    measure,
-    page,
-    summary_table,
-)
+from mmtoken.evaluation.peer_formulas import DENSE, FORMULAS, Layer, Reference, reference, rotate
+from mmtoken.evaluation.peer_subjects import PEERS, PictureSize, Size
+from mmtoken.evaluation.peer_visual_formulas import PUBLISHED, Decoder, Prompt, unlike_pivots, without_alikes
+from mmtoken.evaluation.peers import BATCHES, OURS, commit_of, cost, equality, main, measure, page, summary_table
 from tests.golden.case import GoldenCase
 from tests.golden.models import llama
 
 ROOT = Path(__file__).parents[2]
-RESULTS = json.loads((ROOT / "benchmarks" / "peers.json").read_text())
+RESULTS = {peer: json.loads((ROOT / "benchmarks" / f"{about.page}.json").read_text()) for peer, about in PEERS.items()}
 
 # ----------------------------------------------------------------------------------------------------------- formulas
 
@@ -74,6 +65,42 @@ def test_attention_of_a_query_stops_at_its_own_key() -> None:
     keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]]]).double()
     row = Layer(keys, keys, keys.flip(2), keys, 1e4).attention(0, 1)
     torch.testing.assert_close(row, torch.tensor([0.669762, 0.330238, 0]).double(), rtol=0, atol=1e-6)
+
+
+class Felt(Decoder):
+    """Its attention has keys that were written down."""
+
+    def attention(self, number: int, hidden: torch.Tensor) -> Layer:
+        keys = hidden.double()[None]
+        return Layer(keys, keys, keys, keys, 1e4)
+
+
+def seen(visual: int, text: int = 0, **states: torch.Tensor) -> Prompt:
+    """A prompt of visual tokens, with text behind them."""
+    nothing = torch.zeros(visual + text, 2)
+    return Prompt(Felt(None), states.get("embeddings", nothing), torch.arange(visual), nothing, nothing)
+
+
+def test_divprune_by_hand() -> None:
+    rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0], [0.6, 0.8]])
+    assert PUBLISHED["DivPrune"].choose(seen(5, embeddings=rows), 3) == [3, 0, 2]
+
+
+def test_look_alikes_by_hand() -> None:
+    alike = [[1.0 - abs(i - j) / 40 for j in range(20)] for i in range(20)]
+    alike[4][5] = 0.1  # 4 is unlike all that it is compared with
+    alike[4] = [min(value, 0.1) for value in alike[4]]
+    order = [*range(10), *range(19, 9, -1)]
+    # 0, 2, .. 8, 19, 17, .. 11 meet 1, 3, .. 9, 18, 16, .. 10: all but 4 and the last of equal ones go
+    assert without_alikes(alike, order, 12, False) == [19, 4, 1, 3, 5, 7, 9, 18, 16, 14, 12, 10]
+    assert without_alikes(alike, sorted(order), 12, True) == [1, 3, 4, 5, 7, 9, 11, 13, 15, 17, 18, 19]
+
+
+def test_pivots_by_hand() -> None:
+    """The oracle that DART's own tests have."""
+    keys = torch.tensor([[1.0, 1], [3, 0], [0.5, 0.5], [2, 2], [0, 1], [1, 0], [1, 0], [2, 1]])
+    states = torch.tensor([[1.0, 0], [1, 1], [0, 1], [1, 0.2], [-1, 0], [0, -1], [1, 0.5], [0, 1]]).double()
+    assert unlike_pivots(seen(6, 2), keys, 0, states, [6, 7], 3, 1, 1) == [3, 4, 5]
 
 
 # ---------------------------------------------------------------------------------------------------------- comparing
@@ -128,9 +155,10 @@ def run() -> dict[str, Any]:
         Path(sys.executable),
         turns=1,
         rounds=1,
+        subject=Size(32, 48, 2, 4, 2, 64),
         methods={"SnapKV": {"window": 4, "kernel": 3}, "Knorm": {}},
         rows=(24, 16, 12),
-        size=Size(32, 48, 2, 4, 2, 64),
+        keep=0.5,
         probes=("keep nothing", "a prompt shorter than the window", "one prompt"),
         distributions=("safetensors",),
     )
@@ -168,29 +196,148 @@ def test_both_sides_tell_cost_and_versions() -> None:
     assert set(run()["sides"]["fake"]["versions"]) == {"torch", "transformers", "safetensors"}
 
 
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+@functools.cache
+def pictures() -> dict[str, Any]:
+    return measure(
+        "fake",
+        Path(sys.executable),
+        turns=1,
+        rounds=0,
+        subject=PictureSize(Size(32, 48, 3, 4, 2, 128), 32, 3, 48, 6),
+        methods=PEERS["angelslim"].methods,
+        rows=(90, 84, 76),
+        keep=0.25,
+        probes=("a prompt without a picture", "two pictures in a prompt", "beam search"),
+        own=True,
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_mmtoken_gives_the_formulas_of_visual_tokens_alone_and_in_padded_batches(name: str) -> None:
+    found = pictures()["sides"][OURS]["equality"][name]
+    assert found["kept"]["equal"] == found["kept"]["of"] == 3 * 2 * 16
+    assert found["dense"] > 1e-2
+    for batch in BATCHES:
+        assert found[batch]["rows_equal"] == found[batch]["rows"] == 3 and found[batch]["logits"] < 1e-4
+
+
+def test_a_peer_is_held_against_its_own_formulas_as_well() -> None:
+    assert not pictures()["sides"][OURS]["own"]
+    fake = pictures()["sides"]["fake"]
+    assert set(fake["own"]) == set(PUBLISHED)
+    for name, found in fake["own"].items():
+        assert found["padded"] == {"error": "NotImplementedError: one prompt at a time"}
+        assert found["alone"]["logits"] == pytest.approx(found["dense"], rel=1e-4)
+        assert (found["dense"] == fake["equality"][name]["dense"]) == (name == "DivPrune")  # chooses as published
+
+
+def test_probes_with_pictures() -> None:
+    fake = pictures()["sides"]["fake"]["probes"]
+    assert fake == dict.fromkeys(fake, "runs") and len(fake) == 3
+
+
+PACKAGE = "angelslim/compressor/token_compressor"
+
+
+def checkout(folder: Path) -> Path:
+    """A package that has AngelSlim's names, and tells what it is given."""
+    for part in ("", "/compressor", "/compressor/token_compressor", "/compressor/token_compressor/base"):
+        (folder / f"angelslim{part}").mkdir(parents=True)
+        (folder / f"angelslim{part}" / "__init__.py").touch()
+    (folder / PACKAGE / "base" / "config.py").write_text(
+        "import yaml\n"
+        "class TokenCompressorConfig:\n"
+        "    from_yaml = staticmethod(lambda path: yaml.safe_load(open(path)))\n"
+    )
+    (folder / PACKAGE / "adapter.py").write_text(
+        "class UniversalPruningAdapter:\n"
+        "    def __init__(self, model, strategy_config, raw_map_data):\n"
+        "        self.told = strategy_config, [part['wrapper_class'] for part in raw_map_data]\n"
+        "    def wrap_model(self):\n"
+        "        raise RuntimeError(self.told)\n"
+    )
+    return folder
+
+
+def test_angelslim_is_driven_from_a_checkout_by_its_own_configuration(tmp_path: Path) -> None:
+    results = measure(
+        "angelslim",
+        Path(sys.executable),
+        turns=1,
+        rounds=0,
+        subject=PictureSize(Size(32, 48, 3, 4, 2, 128), 32, 3, 48, 6),
+        methods={name: settings for name, settings in PEERS["angelslim"].methods.items() if name != "VisPruner"},
+        rows=(70,),
+        keep=0.25,
+        probes=(),
+        source=checkout(tmp_path),
+        commit="commit 123",
+    )
+    assert results["commit"] == "commit 123"
+    found = results["sides"]["angelslim"]["equality"]
+    told = {name: found[name]["alone"]["error"].removeprefix("RuntimeError: ") for name in found}
+    assert "'global': {'params': {'ratio': 0.75}, 'strategy': 'divprune'}" in told["DivPrune"]
+    assert "{1: {'params': {'layer_idx': 1," in told["FastV"] and "'llm_q_layers': [1]" in told["FastV"]
+    assert "'pivot_image_token': 4, 'pivot_text_token': 4, 'ratio': 0.75" in told["DART"]
+    assert told["DART"].endswith("['Prunable_LlavaModel', 'Prunable_CLIPAttention', 'Prunable_LlamaModel', "
+                                 "'Prunable_LlamaAttention'])")  # fmt: skip
+
+
+def test_a_checkout_is_asked_for_only_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "make_environment", lambda *_: pytest.fail("went on to install"))
+    with pytest.raises(MMTokenError, match=r"source='None' for angelslim; clone https://github.com/Tencent/AngelSlim"):
+        main(["--peer", "angelslim"])
+    with pytest.raises(MMTokenError, match=r"for kvpress; leave it out"):
+        main(["--source", str(tmp_path)])
+    with pytest.raises(MMTokenError, match=r"has no folder 'angelslim'"):
+        main(["--peer", "angelslim", "--source", str(tmp_path)])
+
+
+def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = SimpleNamespace(returncode=0, stdout="abc\n")
+    monkeypatch.setattr(peers.subprocess, "run", lambda *_, **__: said)
+    assert commit_of(tmp_path) == "commit abc"
+    said.returncode = 128
+    assert commit_of(tmp_path) == "of no known commit"
+
+
 # ------------------------------------------------------------------------------------------------------ files, errors
 
 
-def test_the_page_is_generated() -> None:
+@pytest.mark.parametrize("peer", PEERS)
+def test_the_page_is_generated(peer: str) -> None:
     """Out of date? Run `python -m tests.evaluation.test_peers`, which writes it anew from the results file."""
-    assert (ROOT / "docs" / "peers.md").read_text() == page(RESULTS)
+    assert (ROOT / "docs" / f"{PEERS[peer].page}.md").read_text() == page(RESULTS[peer])
 
 
-def test_the_committed_results_have_mmtoken_equal_to_the_formulas() -> None:
-    assert RESULTS["methods"] == METHODS and RESULTS["rounds"] >= 7
-    for found in RESULTS["sides"][OURS]["equality"].values():
+@pytest.mark.parametrize("peer", PEERS)
+def test_the_committed_results_have_mmtoken_equal_to_the_formulas(peer: str) -> None:
+    results, about = RESULTS[peer], PEERS[peer]
+    assert results["methods"] == about.methods and results["rows"] == list(about.rows) and results["rounds"] >= 7
+    assert results["size"] == json.loads(json.dumps(asdict(about.subject)))  # type: ignore[call-overload]
+    for found in results["sides"][OURS]["equality"].values():
         assert found["kept"]["equal"] == found["kept"]["of"]
         assert all(found[batch]["rows_equal"] == 4 and found[batch]["logits"] < 1e-4 for batch in BATCHES)
 
 
+def test_the_committed_results_have_angelslim_equal_to_its_own_formulas() -> None:
+    for found in RESULTS["angelslim"]["sides"]["angelslim"]["own"].values():
+        assert found["kept"]["equal"] == found["kept"]["of"]
+        assert found["alone"]["rows_equal"] == 4 and found["alone"]["logits"] < 1e-4
+
+
 def test_the_page_has_the_words_of_an_error() -> None:
-    results = json.loads(json.dumps(RESULTS))
+    results = json.loads(json.dumps(RESULTS["kvpress"]))
     side = results["sides"][results["peer"]]
-    side["equality"]["TOVA"]["padded"] = side["cost"]["padded"]["TOVA"] = {"error": "OSError: a | `b`\nc"}
+    for name in ("TOVA", "Knorm"):
+        side["equality"][name]["padded"] = side["cost"]["padded"][name] = {"error": "OSError: a | `b`\nc"}
     side["probes"]["static cache"] = {"error": "OSError: x"}
     text = page(results)
-    assert "| `OSError: x` |" in text
-    assert "kvpress, TOVA, batch 4, padded: `OSError: a / 'b' c`" in text and "| TOVA, kvpress | error |" in text
+    assert "| `OSError: x` |" in text and "| TOVA, kvpress | error |" in text
+    assert "kvpress, TOVA (batch 4, padded), Knorm (batch 4, padded): `OSError: a / 'b' c`" in text
 
 
 def test_the_summary_counts_rows_and_spans_costs_over_methods() -> None:
@@ -250,4 +397,5 @@ def test_arguments_are_checked_before_anything_is_installed(tmp_path: Path, monk
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "peers.md").write_text(page(RESULTS))
+    for one, about in PEERS.items():
+        (ROOT / "docs" / f"{about.page}.md").write_text(page(RESULTS[one]))
