@@ -42,8 +42,9 @@ class ZeroTPrune(Compressor):
     Tokens leave between the attention and the MLP of a block.
 
     The final code of the authors was not found; reconstructed here are the counts (the same share leaves at every cut),
-    the number of near-duplicates, and the scale of the variance: published bounds fit scores with mean 1 (for scores
-    that sum to 1 no head could ever reach them), so these are what is compared with them (`rescale`).
+    that the paper's layers count from 0, the number of near-duplicates, and the scale of the variance: published bounds
+    fit scores with mean 1 (for scores that sum to 1 no head could ever reach them), so these are what is compared with
+    them (`rescale`).
 
     A token of several patches (2x2 mergers, pixel shuffle) has the sum of their scores and their features side by side.
 
