@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from transformers.image_processing_utils import select_best_resolution
 
 from mmtoken import VisualTokens, compress
+from mmtoken.backbones.anyres import best_resolution
 from mmtoken.backbones.registry import adapt
 from mmtoken.compressors import Context, Random
 from mmtoken.engine.inputs import compress_inputs
@@ -113,6 +116,18 @@ def test_onevision_crops_that_the_model_scales_down_keep_their_numbers():
     assert layout.counts == [29] and layout.protected[9:].view(4, 5)[:, 4].all()
     expected = [[3 * row + column + 1 for column in (0, 1, 1, 2)] for row in (0, 1, 1, 2)]
     assert grid.tolist() == expected
+
+
+def test_the_grid_of_crops_is_the_one_that_upstream_chooses() -> None:
+    """Candidates tie on the usable area of small pictures: the one that wastes least is taken, then the first."""
+    candidates = [[112, 112], [168, 56], [56, 112], [112, 56], [56, 168]]
+    assert best_resolution([56, 56], candidates, 56) == (1, 2)
+    chosen = set()
+    for size in itertools.product((20, 40, 56, 90, 130, 200), repeat=2):
+        found = best_resolution(list(size), candidates, 56)
+        assert list(found) == [side // 56 for side in select_best_resolution(size, candidates)]
+        chosen.add(found)
+    assert len(chosen) == 5
 
 
 @pytest.mark.parametrize("family", ["idefics3", "smolvlm"])

@@ -131,7 +131,13 @@ def test_a_mask_is_refused_where_the_recomputation_would_miss_it() -> None:
     model.gradient_checkpointing_enable()
     with compress(model, ToMe(keep=0.5)), pytest.raises(UnsupportedError, match="take no mask"):
         model(**batch)
-    model.gradient_checkpointing_disable()
+    with compress(model, VisionZip(keep=0.5)) as session:  # reads the blocks, and masks nothing
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert session.report.tokens_out == [8] * 3
+    with compress(model.eval(), ToMe(keep=0.5)) as session, torch.no_grad():  # recomputes nothing
+        model(**batch)
+    assert session.report.tokens_out == [8] * 3
+    model.train().gradient_checkpointing_disable()
     with compress(model, ToMe(keep=0.5)) as session:
         model(**batch, labels=batch["input_ids"]).loss.backward()
     assert session.report.tokens_out == [8] * 3

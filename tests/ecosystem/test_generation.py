@@ -103,11 +103,14 @@ def test_scores_in_bfloat16_are_float32_and_near_those_of_float32(family: str, n
         found.append(session.report)
     coarse, fine = found
     assert coarse.tokens_out == fine.tokens_out
+    compared = 0
     for site, wanted in zip(coarse.sites, fine.sites, strict=True):
         for got, want in zip(site.scores or [], wanted.scores or [], strict=True):
+            compared += 1
             assert got.dtype == torch.float32
             # bfloat16 has 8 bits; a few layers of it
             assert oracle.max_error(got, want) <= 0.1 * float(want.abs().max())
+    assert bool(compared) == (name in ("fastv", "visionzip"))  # the reports of the others hold no scores
 
 
 def in_bfloat16(batch: dict[str, Tensor]) -> dict[str, Tensor]:

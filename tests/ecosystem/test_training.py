@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,22 @@ def test_learned_parts_are_trained_if_the_optimizer_holds_them_and_refused_other
     trainer(model, tmp_path, [CompressionCallback(trained)]).train()
     assert all(torch.equal(value, frozen[name]) for name, value in trained.state_dict().items())
     assert oracle.hook_count(model) == 0
+
+
+def test_learned_parts_are_not_trained_in_several_processes() -> None:
+    model = build("llava")
+    trained = learnable(model, QueCC(keep=0.25))
+    callback = CompressionCallback(trained)
+    settings: Any = SimpleNamespace(world_size=2)
+    nothing: Any = None
+    given = {"model": model, "optimizer": torch.optim.SGD(trained.parameters(), lr=1e-2)}
+    with pytest.raises(UnsupportedError, match="2 processes: Trainer averages gradients of the model only"):
+        callback.on_train_begin(settings, nothing, nothing, **given)
+    assert attached(model) is None
+    trained.requires_grad_(False)
+    callback.on_train_begin(settings, nothing, nothing, **given)
+    assert attached(model) is callback.session is not None
+    callback.detach()
 
 
 def test_a_callback_can_be_detached_after_an_exception(tmp_path: Path) -> None:

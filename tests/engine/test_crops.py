@@ -22,6 +22,7 @@ from mmtoken.compressors import (
     UniformGrid,
     VisionZip,
 )
+from mmtoken.engine.crops import _part_grid
 from mmtoken.engine.inputs import compress_inputs
 from mmtoken.tokens import VisualTokens
 from tests import oracle
@@ -105,6 +106,13 @@ def test_a_crop_is_pruned_as_a_picture_of_its_own(cell: Cell, case: str) -> None
         alone = method.llm_input(VisualTokens.from_features(embeds[row, eligible][None]), Context())
         wanted.append([eligible[i] for i in alone.source[0].tolist()])
     assert kept_places(run(cell, case, method)) == wanted
+
+
+def test_crops_of_one_shape_draw_for_themselves() -> None:
+    report = run(NEXT, "padded_ragged", Random(keep=3))
+    # The first and the third crop of the first picture: 3 rows of 4 patches, without newlines.
+    one, other = report.kept[1].tolist(), report.kept[3].tolist()
+    assert report.tokens_in[1] == report.tokens_in[3] == 12 and one != other
 
 
 @CASES
@@ -202,6 +210,13 @@ def test_a_crop_is_a_grid_on_which_boxes_can_be_placed() -> None:
         hidden = [y * columns + x for y in range(rows) for x in range(columns) if 2 * y < rows and x < 2]
         wanted.append([place for i, place in enumerate(eligible) if i not in hidden])
     assert kept_places(run(cell, case, method)) == wanted
+
+
+def test_rows_of_a_crop_are_runs_of_tokens_and_those_of_a_thumbnail_fill_a_square() -> None:
+    rows = torch.cat([torch.arange(first, first + 2) for first in (16, 21, 26, 31)])
+    assert _part_grid(rows, 1) == (1, 4, 2)
+    assert _part_grid(torch.arange(16, 20), 1) == (1, 1, 4) and _part_grid(torch.arange(4), 0) == (1, 2, 2)
+    assert _part_grid(rows[:-1], 1) is None and _part_grid(rows[:0], 1) is None
 
 
 @pytest.mark.parametrize(

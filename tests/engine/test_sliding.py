@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 import mmtoken
 from mmtoken.compressors import Compressor, DivPrune, FastV, KeyDiff, PyramidDrop
@@ -35,20 +35,20 @@ CASES = ("plain", "left_padded", "padded_ragged", "multi_image")
 
 
 @functools.cache
-def narrow(name: str, attn: str = "sdpa") -> nn.Module:
+def narrow(name: str, attn: str = "sdpa", window: int = WINDOW) -> nn.Module:
     """A model whose sliding layers see 8 tokens."""
     model = build(name, attn)
     config = model.config.get_text_config()
-    config.sliding_window = WINDOW
+    config.sliding_window = window
     for layer in oracle.text_model(model).layers:
         if layer.self_attn.sliding_window is not None:
-            layer.self_attn.sliding_window = WINDOW
+            layer.self_attn.sliding_window = window
     return model
 
 
-def forgetful(cache: Any) -> bool:
+def forgetful(cache: Any, window: int = WINDOW) -> bool:
     """Whether a sliding layer stores no more than its window."""
-    return all(layer.keys.shape[2] < WINDOW for layer in cache.layers if layer.is_sliding)
+    return all(layer.keys.shape[2] < window for layer in cache.layers if layer.is_sliding)
 
 
 def masked(model: nn.Module, batch: oracle.Inputs, report: Any, **options: Any) -> oracle.Generated:
@@ -160,20 +160,46 @@ class Alike(Compressor):
 )
 @pytest.mark.parametrize("case", CASES)
 def test_entries_leave_layers_with_a_window_and_layers_without(case: str, method: Compressor, mode: Any) -> None:
-    """What a window has passed is gone for good; of what it still shows, decoding misses what left and nothing else."""
-    model = narrow("gemma3")
+    """What a window has passed is gone for good; of what it still shows, decoding misses what left and nothing else.
+
+    Behind the picture come up to 13 tokens of text, so that a window of 20 holds some of both.
+    """
+    model = narrow("gemma3", window=20)
     batch = inputs(model, "gemma3", "image", case)
     with mmtoken.compress(model, method, mode=mode) as session:
         got = oracle.generate_with_logits(model, batch, max_new_tokens=12)
     keep = kept_by_layer(session.report, torch.zeros_like(batch["input_ids"], dtype=torch.bool), 4)
     evicted = evicted_by_layer(session.report, keep)
-    assert sorted(evicted) == [0, 1, 2, 3] and all(not bool(left.all()) for left in evicted.values())
-    assert {layer.is_sliding for layer in got.cache.layers} == {False, True}
+    assert [layer.is_sliding for layer in got.cache.layers] == [True, False, True, False]
+    for site in session.report.sites:
+        assert 0 < sum(site.tokens_out) < sum(site.tokens_in)
     with oracle.masked_keys(model, evicted, decode_only=True):
         want = oracle.generate_with_logits(model, batch, max_new_tokens=12, **{oracle.CACHE: DynamicCache()})
     assert torch.equal(got.sequences, want.sequences)
     assert_close(got.logits, want.logits)
-    assert forgetful(got.cache)
+    assert forgetful(got.cache, window=20)
+
+
+@torch.no_grad()
+def test_a_second_picture_is_scored_by_what_the_window_still_shows() -> None:
+    """Whatever the cache still holds of the first one: the window's share, in either kind of cache, or all."""
+    model = narrow("gemma3", window=20)
+    batch = inputs(model, "gemma3", "image", "plain")
+    config, more = oracle.text_model(model).config, {**batch, "pixel_values": batch["pixel_values"].flip(-1)}
+    more["attention_mask"] = torch.cat([batch["attention_mask"]] * 2, 1)
+    found = []
+    for cache in (DynamicCache(), DynamicCache(config=config), StaticCache(config=config, max_cache_len=80)):
+        with mmtoken.compress(model, FastV(keep=0.4, layer=1)) as session:
+            model(**oracle.clone(batch), use_cache=True, **{oracle.CACHE: cache})
+            logits = model(**oracle.clone(more), use_cache=True, **{oracle.CACHE: cache}).logits
+        found.append((session.report.sites[-1].scores, session.report.kept, logits))
+    (wanted, kept, logits), *others = found
+    assert wanted is not None
+    for scores, left, got in others:
+        for score, want in zip(scores, wanted, strict=True):
+            assert_close(score, want)
+        assert [one.tolist() for one in left] == [one.tolist() for one in kept]
+        assert_close(got, logits)
 
 
 def bare(kind: str) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
