@@ -617,6 +617,16 @@ def test_rows_of_a_hidden_or_evicted_layer_can_be_picked_and_repeated() -> None:
             assert torch.equal(getattr(layer, name), value[[1, 0]])
 
 
+def test_what_heads_hold_at_a_place_stands_at_the_lowest_of_its_columns() -> None:
+    layer = LogicalDynamicLayer()
+    keys = torch.arange(2 * 5.0).view(1, 2, 5, 1)
+    layer.update(keys, keys)
+    layer.evict(torch.tensor([[[1, 0, 1, 0, 1], [0, 1, 1, 1, 0]]]).bool())
+    assert layer.held()[0][0, :, :, 0].tolist() == [[0, 2, 4], [6, 7, 8]]
+    assert layer.all_columns().tolist() == [[0, 2, 3]]
+    assert (layer.dropped, layer.get_seq_length()) == (2, 5)
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_nothing_is_left_on_the_model(attn: str) -> None:
     model, inputs = build("llava", attn), batch(LLAVA, "plain")
