@@ -12,7 +12,9 @@ from tests.backbones.tiny_models import config
 VICUNA = DecoderShape(layers=32, width=4096, mlp_width=11008, query_width=4096, key_width=4096)
 
 
-@pytest.mark.parametrize(("step", "dense", "width"), [(1, [], 2 * 48), (1, [0], (3 * 96 + 96) // 4), (2, [], 96), (3, [], 96)])
+@pytest.mark.parametrize(
+    ("step", "dense", "width"), [(1, [], 2 * 48), (1, [0], (3 * 96 + 96) // 4), (2, [], 96), (3, [], 96)]
+)
 def test_of_experts_only_those_count_that_a_token_visits(step: int, dense: list[int], width: int) -> None:
     text = config("qwen3_vl_moe").get_text_config()
     text.decoder_sparse_step, text.mlp_only_layers, text.intermediate_size = step, dense, 96

@@ -24,6 +24,7 @@ from tests import oracle
 from tests.backbones.tiny_models import build, inputs
 from tests.contract.matrix import assert_close
 from tests.contract.reference import evicted_by_layer, kept_by_layer
+from tests.contract.test_modes import options
 
 WINDOW = 8
 METHODS: dict[str, Compressor] = {
@@ -273,8 +274,9 @@ def test_guesses_are_taken_back_over_a_full_window_while_it_remembers(method: st
     model = narrow("gemma3")
     batch = inputs(model, "gemma3", "image", "single")
     with mmtoken.compress(model, METHODS[method]) as session:
-        got = oracle.generate_with_logits(model, batch, max_new_tokens=12, prompt_lookup_num_tokens=3)
-    want = masked(model, batch, session.report, max_new_tokens=12)
+        how = {"assistant_model": build("gemma3", seed=3, layers=2), **options("gemma3")}
+        got = oracle.generate_with_logits(model, batch, max_new_tokens=12, **how)
+    want = masked(model, batch, session.report, max_new_tokens=12, **options("gemma3"))
     assert torch.equal(got.sequences, want.sequences)
     assert_close(got.logits, want.logits)
 
