@@ -407,7 +407,7 @@ class DecoderHooks:
             self.listening.enter_layer_of_step(number, hidden, kwargs if changed is None else changed[1])
             return changed
         given = kwargs
-        if call.cut is not call.base:
+        if call.cut is not call.base or self._stores_otherwise(call, number):
             kwargs = self._cut_arguments(call, number, given, hidden)
         if number in self.cuts:
             hidden = self._cut_here(call, number, hidden, kwargs)
@@ -417,6 +417,12 @@ class DecoderHooks:
         call.layer_cut[number] = call.cut
         self.listening.enter_layer(call, number, hidden, kwargs)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _stores_otherwise(self, call: Prefill, number: int) -> bool:
+        """Whether earlier calls left a layer other entries than the first of its kind, whose mask the decoder made."""
+        first = logical_layer(call.cache, self.kinds.index(self.kinds[number]))
+        stored = logical_layer(call.cache, number)
+        return first is not None and stored is not None and first.group != stored.group
 
     def _cut_here(self, call: Prefill, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Let the compressor act on what enters a layer; the shortened hidden states."""
@@ -441,7 +447,8 @@ class DecoderHooks:
         """A layer's other arguments after a cut; layers that are given the same ones share the result."""
         ids, tables = given.get("position_ids"), given.get("position_embeddings")
         values = (given.get("attention_mask"), ids, tables, self.kinds[number])
-        key = tuple(map(id, values))
+        stored = logical_layer(call.cache, number)
+        key = (*map(id, values), 0 if stored is None else stored.group)
         memo = call.cut.memo
         if key not in memo:
             # Holding the values keeps their ids from being used again.

@@ -24,6 +24,7 @@ from tests import oracle
 from tests.backbones.tiny_models import build, inputs
 from tests.contract.matrix import assert_close
 from tests.contract.reference import evicted_by_layer, kept_by_layer
+from tests.contract.test_modes import options
 
 WINDOW = 8
 METHODS: dict[str, Compressor] = {
@@ -210,6 +211,34 @@ def test_a_second_picture_is_scored_by_what_the_window_still_shows(method: Compr
         assert_close(got, logits)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@pytest.mark.parametrize("case", ["plain", "padded_ragged"])
+@pytest.mark.parametrize("method", [PyramidDrop(keep=0.25, layers=(2, 3)), Alike()], ids=["cuts", "evicts"])
+def test_a_second_picture_sees_in_every_layer_what_the_first_one_left_there(
+    family: str, case: str, method: Compressor
+) -> None:
+    """Layers of one kind hold different entries by then, so that the mask of the first one does not fit them."""
+    model = build(family)
+    batch = inputs(model, family, "image", case)
+    more = {**batch, "pixel_values": batch["pixel_values"].flip(-1)}
+    more["attention_mask"] = torch.cat([batch["attention_mask"]] * 2, 1)
+    found = []
+    for mode in ("drop", "mask"):
+        with mmtoken.compress(model, method, mode=mode) as session:  # type: ignore[arg-type]
+            cache = model(**oracle.clone(batch), use_cache=True)[oracle.CACHE]
+            logits = model(**oracle.clone(more), use_cache=True, **{oracle.CACHE: cache}).logits
+        found.append((session.report, logits[batch["attention_mask"].bool()]))
+    (dropped, got), (hidden, want) = found
+    for mine, site in zip(dropped.sites, hidden.sites, strict=True):
+        assert 0 < sum(mine.tokens_out) < sum(mine.tokens_in)
+        assert [kept.tolist() for kept in mine.kept] == [kept.tolist() for kept in site.kept]
+        assert (mine.scores is None) == isinstance(method, Alike)
+        for score, other in zip(mine.scores or (), site.scores or (), strict=True):
+            assert_close(score, other)
+    assert_close(got, want)
+
+
 def bare(kind: str) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     """A decoder with windows, a prompt of 20 tokens of which 12 are marked, and the marks."""
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
@@ -252,8 +281,9 @@ def test_guesses_are_taken_back_over_a_full_window_while_it_remembers(method: st
     model = narrow("gemma3")
     batch = inputs(model, "gemma3", "image", "single")
     with mmtoken.compress(model, METHODS[method]) as session:
-        got = oracle.generate_with_logits(model, batch, max_new_tokens=12, prompt_lookup_num_tokens=3)
-    want = masked(model, batch, session.report, max_new_tokens=12)
+        how = {"assistant_model": build("gemma3", seed=3, layers=2), **options("gemma3")}
+        got = oracle.generate_with_logits(model, batch, max_new_tokens=12, **how)
+    want = masked(model, batch, session.report, max_new_tokens=12, **options("gemma3"))
     assert torch.equal(got.sequences, want.sequences)
     assert_close(got.logits, want.logits)
 
