@@ -247,7 +247,7 @@ PEERS: dict[str, Peer] = {
         "sparse attention. Its VisionZip merges behind the projector, mmtoken's before it, as the official code does; "
         "these two were not compared.",
         less="batches; other families than LLaVA-1.5 and Qwen2.5-VL; current versions of transformers; a budget for "
-        "each image of a prompt; the other methods and the places where they act.",
+        "each image in every method; the other methods and the places where they act.",
         subject=PictureSize(),
         methods=VISUAL_METHODS,
         rows=(384, 340, 310, 280),
