@@ -164,7 +164,9 @@ class Side:
         rows = [inputs[f"row{number}"] for number in range(sum(name.startswith("row") for name in inputs))]
         pictures = [inputs[f"pixels{number}"] for number in range(len(rows))] if "pixels0" in inputs else []
         loader = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
-        model, told = loader.from_pretrained(folder / "model", dtype=torch.float32, output_loading_info=True)
+        # A pair, which its annotation does not say.
+        loaded: Any = loader.from_pretrained(folder / "model", dtype=torch.float32, output_loading_info=True)
+        model, told = loaded
         if told["missing_keys"]:
             raise ValueError(f"weights that this version of transformers does not find: {told['missing_keys']}")
         self.model = model.eval()

@@ -127,7 +127,10 @@ class PictureSize:
         )  # fmt: skip
         picture = self.text.vocab_size - 1
         config = LlavaConfig(
-            vision_config=tower, text_config=self.text.config(), image_token_id=picture, image_seq_length=self.patches
+            vision_config=tower,
+            text_config=self.text.config(),
+            image_token_index=picture,
+            image_seq_length=self.patches,
         )
         return LlavaForConditionalGeneration(config)
 

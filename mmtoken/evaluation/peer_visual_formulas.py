@@ -131,7 +131,7 @@ class Prompt:
 
 def unit(rows: Tensor) -> Tensor:
     """Rows of length 1."""
-    return rows / rows.norm(dim=-1, keepdim=True)
+    return torch.nn.functional.normalize(rows, dim=-1)
 
 
 def first_of(scores: Mapping[int, float], count: int) -> list[int]:

@@ -68,7 +68,7 @@ def beyond_range(python: Path, folder: Path, transformers: str, source: Path | N
     _pip(python, "--target", str(overlay), f"transformers=={transformers}")
     changes = {"compare": True, "probes": ["one prompt"], "equality": False, "timed": [], "rounds": 0}
     try:
-        found, _ = run_side(python, folder, overlay, *[source] * (source is not None), **changes)
+        found, _ = run_side(python, folder, overlay, *([] if source is None else [source]), **changes)
     except MMTokenError as error:
         return {"transformers": transformers, "found": {"error": str(error)}}
     return {"transformers": found["versions"]["transformers"], "found": found["probes"]["one prompt"]}
