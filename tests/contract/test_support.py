@@ -74,6 +74,6 @@ def test_versions_say_which_families_hold() -> None:
 def test_the_tables_are_those_of_the_last_run() -> None:
     """Out of date? Run `make support`, which tests every pair and writes the tables."""
     results = support.read()
-    assert support.failures(results) == []
+    assert support.failures(results) == support.untested(results) == []
     assert support.between((support.ROOT / "README.md").read_text()) == support.short_table(results)
     assert support.between((support.ROOT / "docs" / "support.md").read_text()) == support.full_table(results)
