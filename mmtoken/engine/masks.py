@@ -161,7 +161,9 @@ def like(given: Any, kinds: list[str], masks: Callable[[int], Tensor | None]) ->
         masks: gives the mask of a layer by its number.
     """
     if isinstance(given, dict) or len(set(kinds)) > 1:
-        return {kind: masks(kinds.index(kind)) for kind in set(kinds)}
+        found = {kind: masks(kinds.index(kind)) for kind in set(kinds)}
+        # Two-dimensional ones are for decoders that make masks of them; these go to the layers as they are.
+        return {kind: mask if mask is not None and mask.ndim == 4 else None for kind, mask in found.items()}
     return masks(0)
 
 
