@@ -37,7 +37,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pair_of(item: pytest.Item) -> tuple[str, str] | None:
-    """(setting, cell) of a test, None if it is about no pair."""
+    """(setting, cell) of a contract test, None if it is about no pair; tests elsewhere have a name and a cell, too."""
+    if Path(__file__).parent not in item.path.parents:
+        return None
     params = getattr(getattr(item, "callspec", None), "params", {})
     return (params["name"], support.cell_name(params["cell"])) if {"name", "cell"} <= set(params) else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from tests import versions
 from tests.backbones.tiny_models import CELLS
 from tests.contract import support
+from tests.contract.conftest import pair_of
 from tests.contract.matrix import COMPRESSORS
 
 FINE = {"passed": 2, "failed": 0, "skipped": 0}
@@ -61,6 +63,13 @@ def test_a_run_adds_its_pairs_and_leaves_the_others(tmp_path: Path) -> None:
     support.add(file, {"fastv": {"llava/image": FINE}})
     assert json.loads(file.read_text())["pairs"]["fastv"]["llava/image"] == FINE
     assert set(pairs) <= set(COMPRESSORS)
+
+
+@pytest.mark.parametrize(("place", "pair"), [("contract", ("fastv", "llava/image")), ("engine", None)])
+def test_only_tests_of_the_contract_count(place: str, pair: tuple[str, str] | None) -> None:
+    given = SimpleNamespace(params={"name": "fastv", "cell": ("llava", "image")})
+    item: Any = SimpleNamespace(path=support.ROOT / "tests" / place / "test_some.py", callspec=given)
+    assert pair_of(item) == pair
 
 
 def test_versions_say_which_families_hold() -> None:
