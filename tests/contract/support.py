@@ -3,8 +3,8 @@
     make support                       # tests one setting per compressor, writes tests/contract/support.json
     python -m tests.contract.support   # writes the tables from that file
 
-`make test-contract` adds all other settings to the file. `make check` fails when a test of a pair failed, when no run has
-reached a pair, and when the tables say something else than the file.
+`make test-contract` adds all other settings to the file. `make check` fails when a test of a pair failed, when no run
+has reached a pair, and when the tables say something else than the file.
 """
 
 from __future__ import annotations
