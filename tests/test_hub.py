@@ -453,7 +453,7 @@ def test_half_a_vision_language_model_is_refused(copy: Path, kind: str) -> None:
 
 def test_a_family_without_adapter_is_refused_before_its_weights_are_read(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(b"")
-    for kind in ("aya_vision", "a-family-of-tomorrow"):
+    for kind in ("glm4v", "a-family-of-tomorrow"):
         (copy / "config.json").write_text(json.dumps({"model_type": kind}))
         with pytest.raises(UnsupportedError, match=rf"model_type='{kind}' has no adapter.* Known: .*llava"):
             load(copy)

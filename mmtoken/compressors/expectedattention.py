@@ -101,13 +101,14 @@ def query_statistics(queries: Tensor, covariance: bool = True) -> tuple[Tensor, 
 def average_rotation(cosine: Tensor, sine: Tensor) -> Tensor:
     """float32[d, d]: the mean over positions of the matrix that rotates a query, from the tables float[p, d] each.
 
-    Features are rotated in pairs: neighbours where the tables hold each angle twice in a row (Cohere), features half a
-    head apart otherwise.
+    Features are rotated in pairs: half a head apart where the tables hold the angles of one half twice, neighbours
+    where they hold each angle twice in a row (Cohere).
     """
     width = cosine.shape[-1]
     order = torch.arange(width, device=cosine.device)
-    neighbours = torch.equal(sine[:, ::2], sine[:, 1::2]) and torch.equal(cosine[:, ::2], cosine[:, 1::2])
-    first, second = (order[::2], order[1::2]) if neighbours else order.tensor_split(2)
+    halves, neighbours = order.tensor_split(2), (order[::2], order[1::2])
+    apart = all(torch.equal(table[:, halves[0]], table[:, halves[1]]) for table in (cosine, sine))
+    first, second = halves if apart else neighbours
     swap = torch.zeros(width, width, device=cosine.device)
     swap[second, first] = 1.0
     swap[first, second] = -1.0

@@ -466,7 +466,7 @@ def test_the_memo_of_a_cut_keeps_the_objects_that_it_knows_by_id() -> None:
     got, want, _ = masked_reference(model, Watch(keep=0.25), batch)
     entries = [(key, value) for memo in memos for key, value in memo.items()]
     assert len(entries) > 1
-    assert all(key == tuple(map(id, held)) for key, (held, _) in entries)
+    assert all(key[: len(held)] == tuple(map(id, held)) for key, (held, _) in entries)
     assert_close(got[:, -1], want[:, -1])
 
 
