@@ -182,8 +182,6 @@ class Eviction:
         assert query is not None and unrotated is not None
         rows = len(query)
         unrotated = per_head(unrotated, query)
-        # Some decoders rotate in layers with a sliding window only (Cohere 2).
-        rotates = not torch.equal(unrotated, query)
         seen = columns >= 0
         mask = call.masks[number]
         if mask is not None:
@@ -205,7 +203,7 @@ class Eviction:
             item=at_columns(item),
             length=_next_position(call, stored),
             scaling=self.seen.scaling,
-            rotary=functools.partial(_rotary, self.decoder, call, self.kinds[number], rotates),
+            rotary=functools.partial(_rotary, self.decoder, call, self.kinds[number], unrotated, query),
         )
         return entry, at_columns(index)
 
@@ -289,10 +287,13 @@ def _next_position(call: Prefill, stored: LogicalLayer) -> Tensor:
     return length if stored.shift is None else length - stored.shift
 
 
-def _rotary(decoder: Any, call: Prefill, kind: str, rotates: bool, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _rotary(
+    decoder: Any, call: Prefill, kind: str, unrotated: Tensor, query: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `CacheEntry.rotary`. Only methods that ask pay for the comparison of the queries before and after."""
     axes = positions.expand(3, *positions.shape) if call.position_ids.ndim == 3 else positions
     cosine, sine = rotary_tables(decoder, call.embeds, axes, kind)
-    if not rotates:
+    if torch.equal(unrotated, query):  # some decoders rotate in layers with a sliding window only (Cohere 2)
         cosine, sine = torch.ones_like(cosine), torch.zeros_like(sine)
     # Text has the same position on every axis.
     return (cosine[0], sine[0]) if cosine.ndim == 4 else (cosine, sine)
