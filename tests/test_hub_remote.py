@@ -24,6 +24,7 @@ from safetensors.torch import save as save_bytes
 
 import mmtoken
 from mmtoken import attached, learnable, load, push, save
+from mmtoken.cli.main import main
 from mmtoken.compressors import BUS, DivPrune, FastV, QueCC, Sequential, Trained
 from mmtoken.compressors.base import Compressor
 from mmtoken.compressors.pretrained import CARD_FILE, COMPRESSOR_FILE, PARTS_FILE
@@ -623,6 +624,15 @@ def test_the_card_says_what_was_measured(trained: Trained, tmp_path: Path) -> No
     assert not (tmp_path / "new").exists()
     learned = (trained.save_pretrained(tmp_path / "learned") / CARD_FILE).read_text()
     assert trained.dims is not None and f"tower width {trained.dims.tower}," in learned
+
+
+def test_the_command_line_takes_a_compressor_of_the_hub(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    FastV(keep=0.25, layer=1).push_to_hub("org/fastv")
+    picture = str(Path(mmtoken.__file__).parent / "assets" / "samples" / "scene_1.png")
+    words = ["run", "--image", picture, "--ask", "x", "--compressor", "org/fastv", "--compressor.layer", "2", "--json"]
+    assert main(words) == 0
+    settings = json.loads(capsys.readouterr().out)["compressor"]["init_args"]
+    assert (settings["keep"], settings["layer"]) == (0.25, 2)
 
 
 def test_the_examples_of_the_documentation_run(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
