@@ -302,7 +302,7 @@ class LogicalStaticSlidingLayer(LogicalStaticLayer, StaticSlidingWindowLayer):
     def held(self) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None
         # A full buffer holds one entry that the next token pushes out.
-        first = 0
+        first = int(self.appended() >= self.max_cache_len)
         last = first + self.stored()
         return self.keys[:, :, first:last], self.values[:, :, first:last]
 
