@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 import mmtoken
 from mmtoken.compressors import Compressor, DivPrune, FastV, KeyDiff, PyramidDrop
 from mmtoken.compressors.base import CacheEntry, Context, Positions
-from mmtoken.engine.cache import LogicalSlidingLayer, logical_layer
+from mmtoken.engine.cache import LogicalSlidingLayer, logical_layer, make_logical
 from mmtoken.errors import UnsupportedError
 from tests import oracle
 from tests.backbones.tiny_models import build, inputs
@@ -296,3 +296,17 @@ def test_taking_tokens_back_over_a_full_window_is_refused() -> None:
     assert isinstance(layer, LogicalSlidingLayer)
     with pytest.raises(UnsupportedError, match="window of 8 tokens is full"):
         layer.crop(-2)
+
+
+@pytest.mark.parametrize("steps", [(5,), (8,), (5, 3), (5, 3, 1, 1), (8, 1), (12, 1)])
+def test_a_static_window_holds_what_the_next_token_sees(steps: tuple[int, ...]) -> None:
+    """A full buffer has one entry more, its oldest, which the next token pushes out."""
+    config = oracle.text_model(narrow("gemma3", window=WINDOW)).config
+    cache = StaticCache(config=config, max_cache_len=32)
+    make_logical(cache)
+    number = config.layer_types.index("sliding_attention")
+    entries = torch.arange(float(sum(steps)))[None, None, :, None].expand(1, config.num_key_value_heads, -1, 4)
+    for part in entries.split(steps, 2):
+        cache.update(part, part, number)
+    keys, values = cache.layers[number].held()
+    assert keys[0, 0, :, 0].tolist() == values[0, 0, :, 0].tolist() == list(range(sum(steps)))[1 - WINDOW :]
